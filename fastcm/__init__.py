@@ -1,0 +1,1 @@
+"""fastcm: consistency models, one network call per image."""

@@ -1,0 +1,18 @@
+"""The two kinds of error that users see, each one line that names the option or file, its value and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: `<what> in <file or option>: <value>. <remedy>`. The command line exits with 2."""
+
+
+class RunError(RuntimeError):
+    """The work failed while running (out of memory, disk full, non-finite loss). The command line exits with 1."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Returns ` Did you mean 'x'?` for the choice closest to `word`, or the empty string where none is close."""
+    matches = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
