@@ -1,0 +1,77 @@
+"""Which noise levels training and sampling visit: the Karras grid and the distributions over it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastcm.errors import InputError
+
+
+def karras_sigma(index: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """Returns the noise level at `index` of a grid of `steps` levels, counted downwards: 0 is sigma_max, steps - 1 is sigma_min.
+
+    Karras et al. 2022, equation 5. The Consistency Models paper counts the same grid upwards: its t_i is index steps - i.
+    index may be fractional, and steps a tensor, so that compiled code sees no new constant when N grows.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigma = (high + index / (steps - 1) * (low - high)) ** rho
+    return sigma.clamp(sigma_min, sigma_max)
+
+
+def karras_index(sigma: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """The inverse of `karras_sigma`: the fractional index of a noise level."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (sigma ** (1 / rho) - high) / (low - high) * (steps - 1)
+
+
+def karras_grid(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """Returns the whole grid, [steps] float64, from sigma_max down to sigma_min."""
+    if steps < 2:
+        raise InputError(f"too few noise levels in steps: {steps}. Use 2 or more.")
+    index = torch.arange(steps, dtype=torch.float64)
+    return karras_sigma(index, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+
+
+def sampling_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[float, ...]:
+    """The noise levels of a consistency sampler of `steps` calls where none are given: a Karras grid of steps + 1 levels without its
+    last, so one call starts at sigma_max and two at sigma_max and the grid's middle."""
+    if steps < 1:
+        raise InputError(f"illegal value in --steps: {steps}. Use 1 or more.")
+    return tuple(karras_grid(steps + 1, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:-1].tolist())
+
+
+def log_normal(u: Tensor, *, P_mean: float, P_std: float) -> Tensor:
+    """ln sigma ~ N(P_mean, P_std^2) from uniforms u [B] in (0, 1) (Karras et al. 2022, Table 1)."""
+    return torch.exp(P_mean + P_std * normal_quantile(u.double())).float()
+
+
+def normal_quantile(u: Tensor) -> Tensor:
+    """The inverse of the standard normal distribution function, float64."""
+    return math.sqrt(2) * torch.erfinv(2 * u - 1)
+
+
+def uniform_pair(u: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[Tensor, Tensor]:
+    """Adjacent levels (sigma_hi, sigma_lo), each [B] fp32, the pair's index uniform over 0 .. N-2 (Consistency Models, Algorithms 2 and 3)."""
+    index = (u.double() * (steps - 1)).floor().clamp(max=steps - 2)
+    return _pair(index, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+
+
+def log_normal_pair(
+    u: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float, P_mean: float, P_std: float
+) -> tuple[Tensor, Tensor]:
+    """Adjacent levels (sigma_hi, sigma_lo), each [B] fp32, from the discretised log-normal of iCT (Song & Dhariwal 2023, section 3.5).
+
+    p(i) is proportional to erf((ln sigma_hi - P_mean) / (sqrt(2) P_std)) - erf((ln sigma_lo - P_mean) / (sqrt(2) P_std)). The sum telescopes,
+    so the draw is a log-normal truncated to [sigma_min, sigma_max] and binned to the grid: no table, and N may be a tensor.
+    """
+    first, last = (0.5 * (1 + math.erf((math.log(s) - P_mean) / (math.sqrt(2) * P_std))) for s in (sigma_min, sigma_max))
+    sigma = torch.exp(P_mean + P_std * normal_quantile(first + u.double() * (last - first))).clamp(sigma_min, sigma_max)
+    grid = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    index = karras_index(sigma, steps, **grid).floor().clamp(min=0).clamp(max=steps - 2)
+    return _pair(index, steps, **grid)
+
+
+def _pair(index: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[Tensor, Tensor]:
+    hi, lo = (karras_sigma(i, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).float() for i in (index, index + 1))
+    return hi, lo
