@@ -1,0 +1,132 @@
+"""fastcm's own format: a folder with `config.json` (everything but the weights) and `model.safetensors` (fp32, contiguous). No pickle."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastcm import networks
+from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.errors import InputError
+
+FORMAT, VERSION = "fastcm-model", 1
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CUSTOM = "custom"
+
+
+def is_model_folder(path: Path) -> bool:
+    return (path / CONFIG_NAME).is_file() and (path / WEIGHTS_NAME).is_file()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON through a temporary name, so that the file is complete or absent, and flushed to disk."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object; one line names the file where it is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"missing file: {path}. Give the folder of a fastcm model or run.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"broken JSON in {path}: {error}. Restore the file from a copy.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"broken JSON in {path}: {type(content).__name__} at the top. An object is expected.")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, memory-mapped; one line names the file and what is wrong with it."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"missing file: {path}. Give the folder of a fastcm model or run.") from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        head = path.read_bytes()[:64] if path.is_file() else b""
+        kind = "a Git LFS pointer (run git lfs pull)" if head.startswith(b"version https://git-lfs") else f"not a complete safetensors file ({error})"
+        raise InputError(f"unreadable weights in {path}: {kind}. Copy or download the file again.") from None
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes fp32-as-given contiguous clones, flushed to disk before the file gets its name."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def network_config(network: nn.Module) -> dict:
+    """What is needed to build the network again: its kind and options, or the name of a user's own class."""
+    if getattr(network, "kind", None) in networks.KINDS:
+        return {"kind": network.kind, **dataclasses.asdict(network.config)}
+    return {"kind": CUSTOM, "class": f"{type(network).__module__}.{type(network).__qualname__}"}
+
+
+def save_model(folder: Path, denoiser: Denoiser, info: dict, *, state: dict[str, Tensor] | None = None) -> None:
+    """Writes a model folder. info: classes, resolution, channels, training, sampling, licence (any may be absent).
+    state: the network's state dict where it is not the module's own (an average)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = state if state is not None else denoiser.network.state_dict()
+    write_safetensors(folder / WEIGHTS_NAME, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    write_json(folder / CONFIG_NAME, model_config(denoiser, info))
+
+
+def model_config(denoiser: Denoiser, info: dict) -> dict:
+    """The content of config.json: format, network and preconditioning, then `info` without those keys."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "network": network_config(denoiser.network),
+        "preconditioning": dataclasses.asdict(denoiser.preconditioning),
+        **{key: value for key, value in info.items() if key not in ("format", "version", "network", "preconditioning")},
+    }
+
+
+def load_model(folder: Path, *, network: nn.Module | None = None) -> tuple[Denoiser, dict]:
+    """Returns (denoiser in eval mode with fp32 weights on the CPU, the content of config.json).
+
+    network: the module to fill, needed where the model was trained with a class of the user's own.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("format") != FORMAT:
+        raise InputError(f"unknown format in {folder / CONFIG_NAME}: {config.get('format')}. Expected {FORMAT}.")
+    if config.get("version") != VERSION:
+        raise InputError(f"unknown version in {folder / CONFIG_NAME}: {config.get('version')}. This fastcm reads version {VERSION}; upgrade it.")
+    try:
+        preconditioning = Preconditioning(**config["preconditioning"])
+        options = dict(config["network"])
+        kind = options.pop("kind")
+    except (KeyError, TypeError) as error:
+        raise InputError(f"broken config in {folder / CONFIG_NAME}: {error}. Restore the file from a copy.") from None
+    if network is None:
+        if kind == CUSTOM:
+            raise InputError(f"a network of your own in {folder}: {options.get('class')}. Call fastcm.load(..., network=that_module).")
+        with torch.device("meta"):
+            network = networks.build(kind, options)
+    state = read_safetensors(folder / WEIGHTS_NAME)
+    fill(network, state, folder / WEIGHTS_NAME)
+    return Denoiser(network.eval().requires_grad_(False), preconditioning), config
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Puts `state` into the network without a second copy; names up to three keys that do not fit."""
+    expected = network.state_dict()
+    wrong = [f"{k} (missing)" for k in expected if k not in state] + [f"{k} (unexpected)" for k in state if k not in expected]
+    wrong += [f"{k} {list(state[k].shape)} for {list(expected[k].shape)}" for k in expected if k in state and state[k].shape != expected[k].shape]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(f"weights of another architecture in {source}: {', '.join(wrong[:3])}{more}. Check that config and weights belong together.")
+    network.load_state_dict(state, assign=True)
