@@ -1,1 +1,21 @@
+"""Networks F(x, c_noise, labels): plain modules that never see sigma."""
 
+from torch import nn
+
+from fastcm.errors import InputError, nearest
+from fastcm.networks.unet import UNet, UNetConfig
+
+KINDS = {"adm": (UNetConfig, UNet)}
+
+
+def build(kind: str, options: dict) -> nn.Module:
+    """The network of `kind` (a key of KINDS) with `options`, the fields of its configuration. Raises InputError naming the field."""
+    if kind not in KINDS:
+        raise InputError(f"unknown network in network.kind: {kind!r}. Choose one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    config_class, network_class = KINDS[kind]
+    fields = config_class.__dataclass_fields__
+    for name in options:
+        if name not in fields:
+            remedy = nearest(name, fields) or f" The {kind} network has {', '.join(fields)}."
+            raise InputError(f"unknown option in network.{name}: {options[name]!r}.{remedy}")
+    return network_class(config_class(**options))

@@ -1,0 +1,182 @@
+"""The layers that the networks are made of: normalisation, resampling, attention, the residual block, the noise embedding."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+from fastcm import kernels
+from fastcm.networks.dropout import Dropout
+
+
+def norm_groups(channels: int, fixed: int | None = None) -> int:
+    """Groups of a GroupNorm over `channels`: `fixed` where given, else the largest divisor of `channels` up to min(32, channels // 4).
+
+    From 128 channels on this is ADM's 32 for every published width; narrow networks keep at least four channels to a group.
+    """
+    if fixed is not None:
+        return fixed
+    limit = max(1, min(32, channels // 4))
+    return next(groups for groups in range(limit, 0, -1) if channels % groups == 0)
+
+
+def forward_mode_active() -> bool:
+    """True inside torch.func.jvp or a forward-mode dual level, where native group_norm and the fused attentions cannot be used."""
+    return forward_ad._current_level >= 0
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm, then norm * (1 + scale) + shift where those are given, then SiLU unless `silu=False`; one kernel on CUDA.
+
+    x [B, C, H, W] in the dtype of the parameters, scale and shift [B, C]; returns the shape, dtype and memory format of x.
+    """
+
+    def __init__(self, channels: int, *, groups: int | None = None, eps: float = 1e-5, silu: bool = True):
+        super().__init__()
+        self.groups = norm_groups(channels, groups)
+        self.eps = eps
+        self.silu = silu
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x, scale=None, shift=None):
+        if x.is_cuda and hasattr(kernels, "group_norm"):
+            return kernels.group_norm(x, self.groups, self.weight, self.bias, eps=self.eps, scale=scale, shift=shift, silu=self.silu)
+        x = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        if scale is not None:
+            x = torch.addcmul(shift[:, :, None, None], x, (scale + 1)[:, :, None, None])
+        return F.silu(x) if self.silu else x
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, groups={self.groups}, eps={self.eps}, silu={self.silu}"
+
+
+def sinusoidal_embedding(c_noise: torch.Tensor, channels: int) -> torch.Tensor:
+    """[cos, sin] of c_noise times exp(-ln 1e4 i / half), i in range(half), half = channels / 2 (ADM; DDPM Section 3.3 has sin first).
+
+    c_noise fp32 [B] -> fp32 [B, channels]. Always fp32: 250 ln sigma reaches 1,500, and half precision would round it to whole radians.
+    """
+    half = channels // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=c_noise.device) * (-math.log(10000.0) / half))
+    angles = c_noise.to(torch.float32)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def one_hot(labels: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Tensor:
+    """int64 [B] -> [B, classes] of `dtype`; a label outside 0..classes-1 (-1 by convention) is a row of zeros: no class."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
+
+
+class ClassEmbedding(nn.Module):
+    """one_hot(labels) @ weight. An index lookup has a backward that is not reproducible when compiled on CPU; a product has."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, channels))
+
+    def forward(self, labels):
+        return one_hot(labels, self.weight.shape[0], self.weight.dtype) @ self.weight
+
+
+def downsample(x):
+    """Mean over 2x2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def upsample(x):
+    """Each pixel twice in both directions."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v over [B, heads, pixels, d]; written out under forward-mode AD, which fused attention lacks."""
+    if not forward_mode_active():
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.softmax(q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5), dim=-1) @ v
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels with a residual: x + proj_out(attend(qkv(norm(x)))). The 3C channels of qkv are (3, heads, d)."""
+
+    def __init__(self, channels: int, *, heads: int, groups: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(channels, groups=groups, silu=False)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.transpose(-2, -1).unbind(1)  # [B, heads, HW, d] each
+        h = attend(q, k, v).transpose(-2, -1).reshape(batch, channels, height, width)
+        return x + self.proj_out(h)
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: norm, SiLU, (resample), conv; embedding as scale and shift or as an addend; norm, SiLU, dropout, conv; skip.
+
+    x [B, in_channels, H, W], emb [B, emb_channels] with its SiLU already applied (once for all blocks) -> [B, out_channels, H', W'].
+    `resample` is None, downsample or upsample, applied on both branches.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, emb_channels: int, dropout=0.0, scale_shift_norm=True, resample=None, groups=None
+    ):
+        super().__init__()
+        self.scale_shift_norm = scale_shift_norm
+        self.resample = resample
+        # The places of parameterless layers are kept so that state-dict keys are ADM's: in_layers.{0,2}, emb_layers.1, out_layers.{0,3}.
+        self.in_layers = nn.Sequential(
+            GroupNorm(in_channels, groups=groups), nn.Identity(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, out_channels * (2 if scale_shift_norm else 1)))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels, groups=groups),
+            nn.Identity(),
+            Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers[0](x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[2](h)
+        emb = self.emb_layers[1](emb)
+        norm, _, dropout, conv = self.out_layers
+        h = norm(h, *emb.chunk(2, dim=1)) if self.scale_shift_norm else norm(h + emb[:, :, None, None])
+        return self.skip_connection(x) + conv(dropout(h))
+
+
+class Downsample(nn.Module):
+    """Half the resolution without a residual block: a strided convolution (key `op`), or a plain mean."""
+
+    def __init__(self, channels: int, *, conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else None
+
+    def forward(self, x):
+        return downsample(x) if self.op is None else self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution without a residual block: repeated pixels, then a convolution (key `conv`) where asked for."""
+
+    def __init__(self, channels: int, *, conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+
+    def forward(self, x):
+        x = upsample(x)
+        return x if self.conv is None else self.conv(x)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """The module with every parameter zero, so that a fresh residual branch adds nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,221 @@
+"""The ADM U-Net (Dhariwal and Nichol 2021, as used by Consistency Models): configuration and network."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastcm.errors import InputError
+from fastcm.networks import dropout
+from fastcm.networks.blocks import (
+    Attention,
+    ClassEmbedding,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+    downsample,
+    forward_mode_active,
+    norm_groups,
+    sinusoidal_embedding,
+    upsample,
+    zero_init,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Options of `UNet`; the defaults are the published ImageNet-64 model's, unconditional. Sizes in pixels, widths in channels."""
+
+    resolution: int = 64
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: int = 192  # width at full resolution, times channel_mult at each level
+    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
+    blocks: int = 3  # residual blocks per level on the way down; one more on the way up
+    attention_resolutions: tuple[int, ...] = (32, 16, 8)  # the middle block always attends
+    head_channels: int = 64
+    num_heads: int | None = None  # None: channels / head_channels
+    dropout: float = 0.0
+    num_classes: int | None = None  # None: unconditional
+    scale_shift_norm: bool = True  # False: the embedding is added before the second norm
+    resblock_updown: bool = True  # False: plain resampling layers between the levels
+    conv_resample: bool = True  # those layers with a convolution; no effect with resblock_updown
+    norm_groups: int | None = None  # None: the rule of blocks.norm_groups; openai and diffusers files: 32
+    checkpoint: bool = False  # recompute activations in the backward pass
+
+    def __post_init__(self):
+        for name in ("channel_mult", "attention_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as JSON has them, become comparable
+        for name in ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"):
+            _require(_is_count(getattr(self, name)), name, getattr(self, name), "Give a positive integer.")
+        for name in ("num_heads", "num_classes", "norm_groups"):
+            value = getattr(self, name)
+            _require(value is None or _is_count(value), name, value, "Give a positive integer or leave it out.")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "Give a number from 0 up to but not including 1.")
+        _require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
+        self._check_levels()
+
+    def _check_levels(self):
+        mults, count = self.channel_mult, len(self.channel_mult)
+        whole = all(mult > 0 and self.channels * mult == int(self.channels * mult) for mult in mults)
+        _require(count > 0 and whole, "channel_mult", list(mults), "Give positive factors, e.g. 1,2, that keep channels whole.")
+        factor = 2 ** (count - 1)
+        _require(
+            self.resolution % factor == 0, "resolution", self.resolution, f"Give a multiple of {factor}: channel_mult has {count} levels."
+        )
+        # Published option lists name resolutions that a shallow network does not reach; those are harmless, others are mistakes.
+        reachable = [self.resolution >> shift for shift in range(self.resolution.bit_length())]
+        for pixels in self.attention_resolutions:
+            _require(pixels in reachable, "attention_resolutions", pixels, f"Choose among {', '.join(map(str, reachable[:count]))} pixels.")
+        for level, width in enumerate(self.widths):
+            if level == count - 1 or self.resolution >> level in self.attention_resolutions:
+                name = "num_heads" if self.num_heads else "head_channels"
+                _require(
+                    width % getattr(self, name) == 0, name, getattr(self, name), f"It must divide an attention layer's {width} channels."
+                )
+            groups = norm_groups(width, self.norm_groups)
+            _require(width % groups == 0, "norm_groups", groups, f"It must divide a layer's {width} channels.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, from full resolution down."""
+        return tuple(int(self.channels * mult) for mult in self.channel_mult)
+
+    def heads(self, width: int) -> int:
+        """Attention heads of a layer with `width` channels."""
+        return self.num_heads or width // self.head_channels
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(condition: bool, field: str, value, remedy: str):
+    if not condition:
+        raise InputError(f"illegal value in network.{field}: {value}. {remedy}")
+
+
+class Stage(nn.Sequential):
+    """Layers run in order; residual blocks get the embedding too."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """F(x, c_noise, labels): x float [B, in_channels, R, R], c_noise fp32 [B], labels int64 [B] or None -> [B, out_channels, R, R].
+
+    Works and returns in the dtype of its parameters. State-dict keys and weight layouts are those of openai/consistency_models.
+    A label of -1, or labels=None, adds no class embedding.
+    """
+
+    kind = "adm"
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        emb_channels = 4 * config.channels
+        self.time_embed = nn.Sequential(nn.Linear(config.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        if config.num_classes is not None:
+            self.label_emb = ClassEmbedding(config.num_classes, emb_channels)
+        skips = self._build_down()
+        width = config.widths[-1]
+        self.middle_block = Stage(self._block(width, width), self._attention(width), self._block(width, width))
+        width = self._build_up(width, skips)
+        self.out = nn.Sequential(
+            GroupNorm(width, groups=config.norm_groups), nn.Identity(), zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        )
+        dropout.number_layers(self)
+
+    def _block(self, in_channels: int, out_channels: int, resample=None) -> ResBlock:
+        config = self.config
+        return ResBlock(
+            in_channels,
+            out_channels,
+            emb_channels=4 * config.channels,
+            dropout=config.dropout,
+            scale_shift_norm=config.scale_shift_norm,
+            resample=resample,
+            groups=config.norm_groups,
+        )
+
+    def _attention(self, width: int) -> Attention:
+        return Attention(width, heads=self.config.heads(width), groups=self.config.norm_groups)
+
+    def _build_down(self) -> list[int]:
+        """Fills input_blocks and returns the widths of their outputs, which the way up takes back."""
+        config = self.config
+        width = config.widths[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        skips = [width]
+        for level, level_width in enumerate(config.widths):
+            pixels = config.resolution >> level
+            if level > 0:
+                down = self._block(width, width, downsample) if config.resblock_updown else Downsample(width, conv=config.conv_resample)
+                self.input_blocks.append(Stage(down))
+                skips.append(width)
+            for _ in range(config.blocks):
+                layers = [self._block(width, level_width)]
+                width = level_width
+                if pixels in config.attention_resolutions:
+                    layers.append(self._attention(width))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(width)
+        return skips
+
+    def _build_up(self, width: int, skips: list[int]) -> int:
+        config = self.config
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(config.widths))):
+            for index in range(config.blocks + 1):
+                layers = [self._block(width + skips.pop(), config.widths[level])]
+                width = config.widths[level]
+                if config.resolution >> level in config.attention_resolutions:
+                    layers.append(self._attention(width))
+                if level > 0 and index == config.blocks:
+                    up = self._block(width, width, upsample) if config.resblock_updown else Upsample(width, conv=config.conv_resample)
+                    layers.append(up)
+                self.output_blocks.append(Stage(*layers))
+        return width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.time_embed[0].weight.dtype
+
+    def set_stream(self, seed: torch.Tensor, positions: torch.Tensor) -> None:
+        """Fixes the dropout masks of the next passes: seed int64 [1], positions int64 [B]."""
+        dropout.set_stream(self, seed, positions)
+
+    def embed(self, c_noise, labels=None):
+        """SiLU of the noise (and class) embedding, [B, 4 * channels]: every residual block starts from it."""
+        emb = self.time_embed(sinusoidal_embedding(c_noise, self.config.channels).to(self.dtype))
+        if labels is not None:
+            if self.config.num_classes is None:
+                raise InputError("labels given to an unconditional network: network.num_classes is not set. Pass labels=None.")
+            emb = emb + self.label_emb(labels)
+        return nn.functional.silu(emb)
+
+    def forward(self, x, c_noise, labels=None):
+        emb = self.embed(c_noise, labels)
+        run = self._run_checkpointed if self.config.checkpoint and torch.is_grad_enabled() and not forward_mode_active() else _run
+        x = x.to(self.dtype)
+        skips = []
+        for stage in self.input_blocks:
+            x = run(stage, x, emb)
+            skips.append(x)
+        x = run(self.middle_block, x, emb)
+        for stage in self.output_blocks:
+            x = run(stage, torch.cat([x, skips.pop()], dim=1), emb)
+        return self.out(x)
+
+    @staticmethod
+    def _run_checkpointed(stage, x, emb):
+        return checkpoint(stage, x, emb, use_reentrant=False, preserve_rng_state=False)
+
+
+def _run(stage, x, emb):
+    return stage(x, emb)
