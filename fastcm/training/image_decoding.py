@@ -1,0 +1,98 @@
+"""From one picture file to uint8 pixels, by a stated rule.
+
+The rule, in this order:
+1. The first frame of an animated file is taken; EXIF orientation is applied.
+2. 16-bit grey (`I;16`, and `I` as older Pillow opens it) is scaled by 255/65535; 32-bit float (`F`) has no stated range and is refused.
+3. Transparency (RGBA, LA, PA, tRNS) is laid over white.
+4. Grey stays grey only when the whole data set is grey, otherwise every picture becomes RGB; palette, CMYK, YCbCr, LAB and HSV
+   become RGB by Pillow's conversion; a palette counts as colour, whatever its entries are.
+5. Crop and resize as in guided-diffusion (openai/guided-diffusion, image_datasets.py, `center_crop_arr`): halve with a box filter while
+   the short side is at least twice the resolution, resize the short side to the resolution (bicubic), cut the centre square.
+"""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BadImageError(Exception):
+    """A file that is not a readable picture; the text says why, without the file's name."""
+
+
+class Header(NamedTuple):
+    """What a file says about itself before its pixels are decoded; width and height in pixels, before EXIF orientation."""
+
+    width: int
+    height: int
+    is_grey: bool
+
+
+def read_header(path: Path) -> Header:
+    """Reads size and mode without decoding. Raises BadImageError, also for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Not for threads: it turns Pillow's bomb warning into an error by the process-wide warning filters.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                return Header(*image.size, image.mode in GREY_MODES)
+        except Exception as error:  # hostile files make Pillow raise nearly anything: struct.error, SyntaxError, IndexError
+            raise BadImageError(_reason(path, error)) from error
+
+
+def decode(path: Path, *, resolution: int, grey: bool) -> np.ndarray:
+    """Returns the picture as uint8 [C, resolution, resolution], C = 1 if `grey` else 3. Raises BadImageError."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_pixels(eight_bits(ImageOps.exif_transpose(image), grey=grey), resolution=resolution)
+    except BadImageError:
+        raise
+    except Exception as error:  # as in read_header
+        raise BadImageError(_reason(path, error)) from error
+
+
+def eight_bits(image: Image.Image, *, grey: bool) -> Image.Image:
+    """Converts any mode to `L` (if `grey`) or `RGB` by points 2 to 4 of the module's rule. Raises BadImageError for mode `F`."""
+    if image.mode == "F":
+        raise BadImageError("32-bit float pixels have no stated range")
+    if image.mode in SIXTEEN_BIT_MODES:
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("L" if grey else "RGB")
+
+
+def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
+    """Crops and resizes an `L` or `RGB` picture by point 5; returns uint8 [C, resolution, resolution]."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Pillow's message in the words of somebody who looks for the broken file."""
+    try:
+        if path.stat().st_size == 0:
+            return "the file is empty (0 bytes)"
+    except OSError as problem:
+        return problem.strerror or str(problem)
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"decompression bomb: {str(error).split(', could be')[0]}"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture, whatever its name says"
+    return " ".join(str(error).split()) or type(error).__name__
