@@ -109,10 +109,13 @@ class Attention(nn.Module):
 
     def forward(self, x):
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(-2, -1).unbind(1)  # [B, heads, HW, d] each
-        h = attend(q, k, v).transpose(-2, -1).reshape(batch, channels, height, width)
-        return x + self.proj_out(h)
+        # Pixels before channels, and 1x1 convolutions as products: what the fused attentions want, and free for a channels-last x.
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(pixels, self.qkv.weight.flatten(1), self.qkv.bias).view(batch, height * width, 3, self.heads, channels // self.heads)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, heads, HW, d] each
+        h = attend(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.transpose(1, 2).view(batch, channels, height, width)
 
 
 class ResBlock(nn.Module):
