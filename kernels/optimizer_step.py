@@ -24,8 +24,8 @@ def optimizer_step(
 ):
     """Apply one update in place to flat buffers.
 
-    kind: "radam" or "adamw". param, grad, exp_avg, exp_avg_sq, target, averages: fp32 [n], contiguous, one device. step: int64 [1],
-    updates applied so far, incremented here. lr, grad_norm, mu: fp32 [1]; decays: fp32 [k]. grad_norm is the L2 norm of grad: clip (float
+    kind: "radam" or "adamw". param, exp_avg, exp_avg_sq, target, averages: fp32 [n], contiguous, one device; grad: fp32, bf16 or fp16 [n].
+    step: int64 [1], updates applied so far, incremented here. lr, grad_norm, mu: fp32 [1]; decays: fp32 [k]. grad_norm is the L2 norm of grad: clip (float
     or None) scales grad by min(1, clip / (grad_norm + 1e-6)), and a grad_norm that is not finite leaves every buffer, step included,
     bit-equal. low_precision, target_low_precision: bf16 or fp16 [n] copies of the new param and target. betas, eps, weight_decay: floats.
     Raises ValueError naming a bad argument.
@@ -91,7 +91,7 @@ def _coefficients(kind, accepted, step, lr, grad_norm, betas, eps, weight_decay,
 def _step_slice(p, grad, exp_avg, exp_avg_sq, accepted, coefficients, betas, weight_decay, clip):
     """Update one slice of the moments and of the weights; returns the slice's scratch buffer."""
     factor, rate, decay2, decay, a, b, negative_size = coefficients
-    scratch = torch.where(accepted, grad, 0.0)
+    scratch = torch.where(accepted, grad.float(), 0.0)
     if clip is not None:
         scratch.mul_(factor)
     exp_avg.lerp_(scratch, rate)
