@@ -1,0 +1,170 @@
+"""The command line: one module per command, one line per error, one exit code per kind of error.
+
+A command is a module `fastcm/cli/<command>.py` with `add(subparsers)`, which declares the options, and `run(args) -> int | None`.
+Nothing here and nothing at the top of a command module imports torch: `fastcm --help` answers at once.
+"""
+
+import argparse
+import errno
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+from fastcm.errors import InputError, RunError, nearest
+
+COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "serve", "info", "bench")
+EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPT, EXIT_PIPE = 2, 1, 130, 141
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    **dict.fromkeys(("torchmetrics", "scipy"), "metrics"),
+    **dict.fromkeys(("lpips", "torchvision"), "lpips"),
+    **dict.fromkeys(("pytest", "diffusers"), "test"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in fastcm's words, raised as InputError; options are never abbreviated; `--debug` is known everywhere."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+
+    def error(self, message: str):
+        raise InputError(_rephrased(message, self.prog))
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            where = "/".join(action.option_strings) or self.prog
+            remedy = f"Choose from {', '.join(choices)}.{nearest(value, choices)}"
+            raise InputError(f"unknown {action.dest.replace('_', '-')} in {where}: {value}. {remedy}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        convert = self._registry_get("type", action.type, action.type)
+        try:
+            return convert(text)
+        except InputError:
+            raise  # argparse would replace its text by "invalid ... value"
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(action, str(error)) from error
+        except (TypeError, ValueError) as error:
+            kind = {"int": "a whole number", "float": "a number"}.get(getattr(convert, "__name__", ""), "another form")
+            raise InputError(f"invalid value in {'/'.join(action.option_strings) or action.dest}: {text}. Expected {kind}.") from error
+
+
+def build_parser(command: str | None = None) -> Parser:
+    """The parser with `command`'s options alone, or with those of every command if there is no such one."""
+    parser = Parser(prog="fastcm", description="Train, run and ship consistency models: one network call per image.")
+    parser.add_argument("--version", action="version", version=_version(), help="show the versions of fastcm, Python and torch")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    present = [name for name in COMMANDS if importlib.util.find_spec(f"fastcm.cli.{name}") is not None]
+    for name in (command,) if command in present else present:
+        importlib.import_module(f"fastcm.cli.{name}").add(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for input, 1 for run time, 130 after Ctrl-C. Errors are one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except SystemExit as done:  # --help and --version
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except KeyboardInterrupt:
+        _report("interrupted", debug=False, prefix="fastcm: ")
+        return EXIT_INTERRUPT
+    except BrokenPipeError:
+        # The reader of our output left (`fastcm info | head`): point stdout elsewhere, or Python complains once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except Exception as error:
+        code, message = _described(error)
+        _report(message, debug="--debug" in argv)
+        return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(command)
+    actions = _actions_of(parser, command)
+    if all(action.nargs != argparse.REMAINDER for action in actions):
+        # Before parsing: argparse takes the value of a misspelt option for a positional argument and complains of that.
+        _refuse_unknown([word for word in argv if word.startswith("--") and word != "--"], actions, command)
+    args, unknown = parser.parse_known_args(argv)
+    _refuse_unknown(unknown, [], args.command)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_INPUT
+    return importlib.import_module(f"fastcm.cli.{args.command}").run(args) or 0
+
+
+def _actions_of(parser: Parser, command: str | None) -> list[argparse.Action]:
+    """The options of `fastcm` and of its `command`, if there is one of this name."""
+    actions = list(parser._actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and command in action.choices:
+            actions += action.choices[command]._actions
+    return actions
+
+
+def _refuse_unknown(words: list[str], actions: list[argparse.Action], command: str | None) -> None:
+    """Raises InputError for the first of `words` that is no option of `actions`."""
+    options = [option for action in actions for option in action.option_strings]
+    for word in (word.split("=")[0] for word in words):
+        if word not in options:
+            kind = "option" if word.startswith("-") else "argument"
+            where = f"fastcm {command}" if command in COMMANDS else "fastcm"
+            raise InputError(f"unknown {kind} in {where}: {word}. See {where} --help.{nearest(word, options)}")
+
+
+def _described(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for an error, whatever its kind."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return EXIT_INPUT, text
+    if isinstance(error, RunError):
+        return EXIT_RUN, text
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        package = error.name.split(".")[0]
+        return EXIT_RUN, f"missing package: {package}. pip install 'fastcm[{EXTRAS[package]}]'."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EXIT_RUN, f"no space left on the device for {error.filename or 'the output'}. Make room and run the same command again."
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError) and error.filename:
+        return EXIT_INPUT, f"{(error.strerror or type(error).__name__).lower()}: {error.filename}. Check the path."
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's class, named without importing torch
+        return EXIT_RUN, f"out of memory: {text.split('. ')[0] or 'host memory'}. Use a smaller --batch or --precision bf16."
+    return EXIT_RUN, f"unexpected {type(error).__name__}: {text}. Run again with --debug for the traceback."
+
+
+def _report(message: str, *, debug: bool, prefix: str = "fastcm: error: ") -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"{prefix}{message}", file=sys.stderr)
+
+
+def _rephrased(message: str, prog: str) -> str:
+    """argparse's own message as `<what> in <option>: <value>. <remedy>`."""
+    if match := re.fullmatch(r"argument ([^:]+): expected (.+)", message):
+        return f"missing value in {match[1]}: expected {match[2]}. See {prog} --help."
+    if match := re.fullmatch(r"argument ([^:]+): not allowed with argument (.+)", message):
+        return f"two options that exclude each other: {match[1]} and {match[2]}. Give one of them."
+    if match := re.fullmatch(r"the following arguments are required: (.+)", message):
+        return f"missing argument in {prog}: {match[1]}. See {prog} --help."
+    if match := re.fullmatch(r"argument ([^:]+): (.+)", message):
+        return f"invalid value in {match[1]}: {match[2]}"
+    return f"{message}. See {prog} --help."
+
+
+def _version() -> str:
+    try:
+        versions = [f"{name} {metadata.version(name)}" for name in ("fastcm", "torch")]
+    except metadata.PackageNotFoundError:
+        versions = ["fastcm (not installed: run from a checkout)"]
+    return f"{versions[0]} (Python {sys.version.split()[0]}{''.join(', ' + version for version in versions[1:])})"

@@ -1,0 +1,55 @@
+# make demo | test | check | bench    in .venv, which the first of them makes
+# make gpu STAGE=test|kernels|latency|train PYTHON=python3    with the Python at hand: no venv, no network
+
+PYTHON ?= python3
+STAGE ?= test
+VENV := .venv
+BIN := $(VENV)/bin
+# Rows go to $OUT where it is set (and stay there between calls, so that a stage goes on where it stopped).
+RESULTS = $${OUT:-benchmarks/results}
+
+.PHONY: help demo test check bench gpu
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,2p' Makefile
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/fastcm train
+	$(BIN)/fastcm sample runs/digits --out runs/digits/samples.png
+	$(BIN)/fastcm evaluate runs/digits --data digits
+	$(BIN)/fastcm export runs/digits --onnx runs/digits/digits.onnx
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Before a commit: style, the house rules, and the tests that take seconds.
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu"
+
+bench: $(VENV)/installed
+	mkdir -p "$(RESULTS)"
+	$(BIN)/fastcm bench kernels --quick --json "$(RESULTS)/kernels.json"
+	$(BIN)/fastcm bench latency --quick --json "$(RESULTS)/latency.json"
+	$(BIN)/fastcm bench train --quick --json "$(RESULTS)/train.json"
+
+# The installed layout as links, so that a Python in which nothing may be installed still finds fastcm.kernels.
+# PYTHONSAFEPATH keeps the checkout's own fastcm/, which lacks it, off the path; child processes inherit both.
+LAYOUT := build/layout
+GPU = PYTHONPATH="$(CURDIR)/$(LAYOUT)" PYTHONSAFEPATH=1 $(PYTHON)
+
+gpu:
+	@case "$(STAGE)" in test|kernels|latency|train) ;; *) echo "make: unknown STAGE: $(STAGE). Choose test, kernels, latency or train." >&2; exit 2;; esac
+	rm -rf $(LAYOUT) && mkdir -p $(LAYOUT)/fastcm "$(RESULTS)"
+	ln -s "$(CURDIR)"/fastcm/*.py "$(CURDIR)"/fastcm/*/ "$(CURDIR)"/kernels "$(CURDIR)"/export "$(CURDIR)"/benchmarks $(LAYOUT)/fastcm/
+ifeq ($(STAGE),test)
+	$(GPU) -m pytest -m gpu -p no:cacheprovider
+else
+	$(GPU) -m fastcm bench $(STAGE) --json "$(RESULTS)/$(STAGE).json"
+endif

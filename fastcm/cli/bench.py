@@ -1,0 +1,23 @@
+"""`fastcm bench`: the benchmarks of benchmarks/, from a checkout or a wheel."""
+
+import argparse
+import importlib
+
+BENCHMARKS = {
+    "kernels": "each kernel against its reference and torch.compile, in ms and GB/s",
+    "train": "images per second of a training step",
+    "latency": "milliseconds of a one-step image, by batch and backend",
+}
+
+
+def add(subparsers) -> None:
+    lines = "\n".join(f"  {name:10}{text}" for name, text in BENCHMARKS.items())
+    parser = subparsers.add_parser("bench", help="measure kernels, training or latency", description=f"Measures one of:\n{lines}")
+    parser.add_argument("benchmark", choices=tuple(BENCHMARKS), metavar="kernels|train|latency")
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the benchmark; its --help lists them")
+    rest.required = False
+
+
+def run(args: argparse.Namespace) -> int | None:
+    benchmark = importlib.import_module(f"fastcm.benchmarks.bench_{args.benchmark}")
+    return benchmark.main([word for word in args.arguments if word != "--debug"])
