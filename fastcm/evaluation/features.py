@@ -1,0 +1,175 @@
+"""The judge: a small classifier, trained deterministically on half of a labelled data set, whose inner layer gives the features of every metric.
+
+Figures measured in these features are comparable only with figures of the same judge on the same data; they are not Inception figures.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcm.errors import InputError
+
+SPLIT_NAME = "fastcm judge split"
+FEATURES = 64
+LARGEST_SIDE = 32
+BATCH = 64
+STEPS, EPOCHS = (400, 2000), 20
+LEARNING_RATE, WEIGHT_DECAY = 4e-3, 1e-2
+ROTATION, LOG_SCALE, SHIFT = 0.1, 0.1, 0.15  # radians, natural logarithm, share of half the side
+
+
+class JudgeNetwork(nn.Module):
+    """[B, C, side, side] in [-1, 1] -> logits [B, classes]; two convolutions per level, halving to 4x4, then a 64-wide layer."""
+
+    def __init__(self, channels: int, side: int, classes: int):
+        super().__init__()
+        layers, width, size = [], 32, side
+        if size >= LARGEST_SIDE:
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()]
+            channels, size = width, (size + 1) // 2
+        while True:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+            if size <= 4:
+                break
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            channels, width, size = width, min(2 * width, 64), (size + 1) // 2
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size * size, FEATURES), nn.ReLU())
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x))
+
+
+class Judge:
+    """A trained classifier. Images are uint8 [N, C, H, W] everywhere; larger sides than 32 are area-averaged to 32.
+
+    fit, reference: indices (int64, ascending) into the images given to `train_judge`: the half it learned from and the half it never saw.
+    held_out_accuracy: its accuracy on that other half.
+    """
+
+    def __init__(self, network: JudgeNetwork, *, classes: int, shape: tuple[int, int, int], seed: int, fit: np.ndarray, reference: np.ndarray):
+        self.network, self.classes, self.shape, self.seed = network, classes, shape, seed
+        self.fit, self.reference = fit, reference
+        self.held_out_accuracy = float("nan")
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Returns the activations of the layer before the logits, float64 [N, 64]."""
+        return self._map(images, self.network.trunk).astype(np.float64)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Returns the most likely class of each image, int64 [N]."""
+        return self._map(images, self.network).argmax(axis=1)
+
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Returns the share of images recognised as their label."""
+        return float(np.mean(self.predict(images) == np.asarray(labels)))
+
+    @torch.inference_mode()
+    def _map(self, images: np.ndarray, function: nn.Module) -> np.ndarray:
+        if tuple(images.shape[1:]) != self.shape:
+            raise InputError(f"images of another shape for the judge: {tuple(images.shape[1:])}. The data set has {self.shape} (channels, height, width).")
+        with one_thread():
+            # A fixed batch, the last one filled up, so that the features of an image do not depend on how many are asked for.
+            parts = []
+            for start in range(0, len(images), 256):
+                part = images[start : start + 256]
+                filled = np.concatenate([part, np.zeros((256 - len(part), *self.shape), np.uint8)])
+                parts.append(function(to_input(filled))[: len(part)].numpy())
+        return np.concatenate(parts)
+
+
+def split_halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits range(N) in two halves with equal shares of each class: (fit, reference), int64, ascending.
+
+    The order within a class is that of sha256("fastcm judge split <index>"): fixed for ever, and independent of every seed of training and sampling.
+    """
+    labels = np.asarray(labels)
+    digest = [hashlib.sha256(f"{SPLIT_NAME} {index}".encode()).digest() for index in range(len(labels))]
+    order = np.array(sorted(range(len(labels)), key=digest.__getitem__), dtype=np.int64)
+    order = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(order[0::2]), np.sort(order[1::2])
+
+
+def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Judge:
+    """Trains the judge on half of a data set; equal arguments give equal bits on one machine, whatever its number of threads.
+
+    images: uint8 [N, C, H, W]. labels: int [N], 0 .. classes-1. The global random state is neither read nor changed.
+    """
+    images, labels = np.asarray(images), np.asarray(labels, dtype=np.int64)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+        raise InputError(f"images for the judge: {images.dtype} {images.shape}, {len(labels)} labels. uint8 [N, C, H, W] with N labels are needed.")
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    if classes < 2 or len(images) < 4 * classes or labels.min() < 0:
+        raise InputError(f"too little data for the judge: {len(images)} images, {classes} classes. It needs labels of two classes or more, four images each.")
+    fit, reference = split_halves(labels)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = to_input(images[fit])
+    network = initialised(JudgeNetwork, images.shape[1], inputs.shape[-1], classes, generator=generator)
+    with one_thread():
+        fit_network(network, inputs, torch.from_numpy(labels[fit]), generator)
+    judge = Judge(network.eval().requires_grad_(False), classes=classes, shape=tuple(images.shape[1:]), seed=seed, fit=fit, reference=reference)
+    judge.held_out_accuracy = judge.accuracy(images[reference], labels[reference])
+    return judge
+
+
+def fit_network(network: JudgeNetwork, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    """AdamW with a one-cycle rate; every image is rotated, scaled and shifted a little, edges repeated."""
+    count = len(inputs)
+    steps = min(max(EPOCHS * count // BATCH, STEPS[0]), STEPS[1])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        batch, order = order[:BATCH], order[BATCH:]
+        loss = F.cross_entropy(network(jittered(inputs[batch], torch.rand(BATCH, 4, generator=generator) * 2 - 1)), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def jittered(x: Tensor, amount: Tensor) -> Tensor:
+    """Bilinear affine change of x [B, C, side, side]; amount [B, 4] in [-1, 1]: rotation, scale, shift along x, shift along y."""
+    angle, scale, shift = amount[:, 0] * ROTATION, torch.exp(amount[:, 1] * LOG_SCALE), amount[:, 2:] * SHIFT
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], dim=1), torch.stack([sin, cos, shift[:, 1]], dim=1)], dim=1)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def to_input(images: np.ndarray) -> Tensor:
+    """uint8 [N, C, H, W] -> fp32 in [-1, 1], at most 32 pixels a side, square."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    side = min(max(x.shape[-2:]), LARGEST_SIDE)
+    return x if x.shape[-2:] == (side, side) else F.adaptive_avg_pool2d(x, side)
+
+
+def initialised(kind: type[nn.Module], *arguments: int, generator: torch.Generator) -> nn.Module:
+    """Builds a module without touching the global random state: He-normal weights from `generator`, zero biases."""
+    with torch.device("meta"):
+        module = kind(*arguments)
+    module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+        else:
+            nn.init.zeros_(parameter)
+    return module
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in a gradient are split by thread: one thread makes the judge the same whatever the machine's thread count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
