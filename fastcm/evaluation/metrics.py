@@ -1,0 +1,123 @@
+"""Distances between sets of images, in float64: Frechet distance, kernel distance, precision and recall, nearest neighbours in pixel space.
+
+Features are float64 [N, D]; pixel functions take uint8 images of one shape, [N, ...].
+"""
+
+import numpy as np
+
+from fastcm.errors import InputError
+
+BLOCK = 1024
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean [D] and the covariance [D, D] (divisor N - 1) of features [N, D]."""
+    require(features, "features", least=2)
+    mean = features.mean(axis=0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6): |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2). Both roots are symmetric, so no general matrix root, with its
+    imaginary parts and failures on singular covariances, is needed.
+    """
+    product = symmetric_root(cov_a) @ symmetric_root(cov_b)
+    trace = np.trace(cov_a) + np.trace(cov_b) - 2 * np.linalg.svd(product, compute_uv=False).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + trace)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """The Frechet distance of two sets of features. It is biased upwards by about 1/N: compare figures of equal counts only."""
+    return frechet_distance(*moments(a), *moments(b))
+
+
+def symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    """The square root of a symmetric positive semi-definite matrix; eigenvalues that rounding made negative count as zero."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """KID (Binkowski et al. 2018): the unbiased squared MMD with the kernel (x.y / D + 1)^3; zero in expectation for equal distributions."""
+    require(a, "features", least=2)
+    require(b, "features", least=2)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: np.ndarray) -> float:
+        values = kernel(x, x)
+        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019): the share of each set inside the other's k-nearest-neighbour balls."""
+    require(real, "features", least=k + 1)
+    require(generated, "features", least=k + 1)
+    radius_real, radius_generated = (np.sqrt(np.partition(squared_distances(x, x), k, axis=1)[:, k]) for x in (real, generated))
+    distance = np.sqrt(squared_distances(generated, real))
+    return float((distance <= radius_real).any(axis=1).mean()), float((distance <= radius_generated[:, None]).any(axis=0).mean())
+
+
+def nearest_distances(queries: np.ndarray, references: np.ndarray, *, leave_one_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """For each query image the nearest reference: (root-mean-square pixel difference in 8-bit levels, float64 [N]; its index, int64 [N]).
+
+    leave_one_out: queries and references are the same set, and an image is no neighbour of itself (an equal second copy is).
+    """
+    if queries.shape[1:] != references.shape[1:] or queries.dtype != np.uint8 or references.dtype != np.uint8:
+        raise InputError(f"images for neighbours: {queries.dtype} {queries.shape} and {references.dtype} {references.shape}. Give uint8 of one shape.")
+    if not len(queries) or len(references) <= leave_one_out:
+        raise InputError(f"too few images for neighbours: {len(queries)} and {len(references)}. Give more.")
+    flat, pixels = references.reshape(len(references), -1).astype(np.float64), queries[0].size
+    distance, index = np.empty(len(queries)), np.empty(len(queries), np.int64)
+    for start in range(0, len(queries), BLOCK):
+        # Sums of products of bytes are exact in float64: equal images are at distance 0.
+        squared = squared_distances(queries[start : start + BLOCK].reshape(-1, pixels).astype(np.float64), flat)
+        if leave_one_out:
+            rows = np.arange(len(squared))
+            squared[rows, start + rows] = np.inf
+        index[start : start + len(squared)] = squared.argmin(axis=1)
+        distance[start : start + len(squared)] = np.sqrt(squared.min(axis=1) / pixels)
+    return distance, index
+
+
+def copy_check(generated: np.ndarray, train_images: np.ndarray, held_out_images: np.ndarray | None = None) -> dict:
+    """Compares generated -> nearest training image with real -> nearest training image, in pixel space.
+
+    The real images are those held out from training or, where there are none, each training image against the others (leave-one-out).
+    Returns medians and 1st percentiles in 8-bit levels (root mean square per pixel), and `closer_share`: the share of generated images
+    that are closer than the real 1st percentile. Without copying that is about 0.01; copies of training images give 1.
+    """
+    distance, _ = nearest_distances(generated, train_images)
+    alone = held_out_images is None or not len(held_out_images)
+    real, _ = nearest_distances(train_images if alone else held_out_images, train_images, leave_one_out=alone)
+    threshold = float(np.percentile(real, 1))
+    return {
+        "generated_median": float(np.median(distance)),
+        "generated_p1": float(np.percentile(distance, 1)),
+        "real_median": float(np.median(real)),
+        "real_p1": threshold,
+        "closer_share": float(np.mean(distance < threshold)),
+        "identical": int(np.sum(distance == 0)),
+        "real": "training images, leave-one-out" if alone else "held-out images",
+        "train_count": len(train_images),
+        "real_count": len(real),
+    }
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances [N, M] of rows."""
+    return np.maximum((a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1) - 2 * a @ b.T, 0)
+
+
+def require(features: np.ndarray, name: str, *, least: int) -> None:
+    """Refuses what no metric can use: too few rows, or values that are not finite."""
+    if features.ndim != 2 or len(features) < least:
+        raise InputError(f"too few samples in {name}: {list(features.shape)}. At least {least} rows are needed; give more seeds or more data.")
+    if not np.isfinite(features).all():
+        raise InputError(f"non-finite values in {name}: {int((~np.isfinite(features)).sum())} of {features.size}. Check the weights of the model.")
