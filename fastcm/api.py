@@ -1,0 +1,111 @@
+"""The calls that users make from Python: load a model of any kind as a generator."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from fastcm.consistency.denoiser import Denoiser
+from fastcm.errors import InputError, nearest
+from fastcm.generation.generator import Generator
+from fastcm.weights.model_folder import is_model_folder, load_model, read_json
+
+RUN_FORMAT = "fastcm-run"
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+FILE_KINDS = {".onnx": "onnx", ".pt": "openai", ".pth": "openai", ".pkl": "edm"}
+MODEL_KINDS = "a run folder, a model folder, a diffusers folder, an OpenAI .pt, an EDM .pkl or an exported .onnx"
+
+
+def resolve_model(model: str | Path) -> tuple[str, Path]:
+    """Returns (kind, path) of MODEL: kind is "folder", "diffusers", "openai", "edm" or "onnx"; a run folder stands for its model/."""
+    path = Path(model)
+    if path.is_dir():
+        return _resolve_folder(path)
+    if not path.exists():
+        raise InputError(f"no such file or folder in MODEL: {path}. Give {MODEL_KINDS}.")
+    suffix = path.suffix.lower()
+    if suffix in (".pt2", ".plan", ".engine"):
+        raise InputError(f"a compiled program in MODEL: {path}. Run it with the tool that built it; fastcm loads {MODEL_KINDS}.")
+    if suffix not in FILE_KINDS:
+        raise InputError(f"unknown kind of file in MODEL: {path}. Give {MODEL_KINDS}.")
+    return FILE_KINDS[suffix], path
+
+
+def _resolve_folder(path: Path) -> tuple[str, Path]:
+    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
+        return "diffusers", path
+    if is_model_folder(path):
+        return ("diffusers" if "_class_name" in read_json(path / "config.json") else "folder"), path
+    if is_model_folder(path / "model"):
+        return "folder", path / "model"
+    config = path / "config.json"
+    if config.is_file():
+        content = read_json(config)
+        if content.get("format") == RUN_FORMAT:
+            raise InputError(f"no model yet in {path}: the run has not written model/. Let it train longer.")
+        if "_class_name" in content:
+            return "diffusers", path
+        raise InputError(f"missing file: {path / 'model.safetensors'}. Give {MODEL_KINDS}.")
+    raise InputError(f"no model in MODEL: {path} (no config.json). Give {MODEL_KINDS}.")
+
+
+def load_denoiser(model: str | Path, *, network: nn.Module | None = None) -> tuple[Denoiser, dict]:
+    """Returns (denoiser with fp32 weights on the CPU, config) of any MODEL but an .onnx file. No code of the file is executed."""
+    kind, path = resolve_model(model)
+    if kind == "folder":
+        return load_model(path, network=network)
+    if kind == "onnx":
+        raise InputError(f"an exported graph in MODEL: {path}. Its weights cannot be taken out; give the folder it was exported from.")
+    if kind == "openai":
+        from fastcm.weights.openai import read_openai as read
+    elif kind == "edm":
+        from fastcm.weights.edm import read_edm as read
+    else:
+        from fastcm.weights.diffusers import read_diffusers as read
+    return read(path)
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    provider: str = "auto",
+    trust: bool = False,
+    network: nn.Module | None = None,
+):
+    """Returns a generator: generator(seeds, labels=None, *, steps=None, sigmas=None, output="uint8") -> images.
+
+    model: a run folder, model folder, diffusers folder, OpenAI .pt, EDM .pkl or exported .onnx; no pickle is executed.
+    device: "auto", "cpu", "cuda" or "cuda:N"; precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16"; both for torch.
+    provider: "auto", "cpu", "cuda" or "tensorrt": what ONNX Runtime runs an .onnx file on; a strict error where it is not available.
+    trust: reserved for file kinds that hold programs. network: the module to fill where the model has a class of the user's own.
+    """
+    if provider not in PROVIDERS:
+        raise InputError(f"unknown value in --provider: {provider}. Use one of {', '.join(PROVIDERS)}.{nearest(str(provider), PROVIDERS)}")
+    kind, path = resolve_model(model)
+    if kind == "onnx":
+        from fastcm.generation.onnx_generator import OnnxGenerator
+
+        return OnnxGenerator(path, provider=_onnx_provider(provider, device))
+    if provider != "auto":
+        if provider == "tensorrt":
+            raise InputError(f"provider tensorrt for a torch model in --provider: {path}. Export it first: fastcm export {path} --onnx.")
+        device = provider if device == "auto" else device
+    denoiser, info = load_denoiser(model, network=network)
+    return Generator(denoiser, info, device=device, precision=precision)
+
+
+def _onnx_provider(provider: str, device: str) -> str:
+    """The provider for an .onnx file; --device cpu or cuda names it too."""
+    if provider == "auto" and str(device).partition(":")[0] in ("cpu", "cuda"):
+        return str(device).partition(":")[0]
+    return provider
+
+
+def is_run_folder(path: Path) -> bool:
+    """True for a folder whose config.json says so; never raises."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("format") == RUN_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,183 @@
+"""What applications embed: seeds in, images out, from one denoiser on one device."""
+
+import copy
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastcm import kernels
+from fastcm.consistency.denoiser import Denoiser
+from fastcm.errors import InputError, RunError, nearest
+from fastcm.generation.cuda_graph import CapturedBatch
+from fastcm.generation.frozen import FrozenLevel, freeze
+from fastcm.generation.request import check_output, finished, label_array, noise_levels, seed_array
+from fastcm.generation.sampler import TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Elements of one batch at the image's resolution: beyond this a larger batch is no faster, and activations stay below about 1 GB.
+CPU_ELEMENTS, CUDA_ELEMENTS = 1 << 16, 1 << 21
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        hint = nearest(str(device), ("auto", "cpu", "cuda"))
+        raise InputError(f"unknown device in --device: {device}. Use auto, cpu or cuda.{hint}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"no CUDA device for --device: {device}. torch {torch.__version__} sees none; use --device cpu.")
+    return chosen
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """"auto" is bf16 on CUDA and fp32 elsewhere."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown value in --precision: {precision}. Use auto, {', '.join(PRECISIONS)}.{nearest(precision, PRECISIONS)}")
+    return precision
+
+
+def class_names(denoiser: Denoiser, info: dict) -> list[str] | None:
+    """The names in `info`, else the numbers of the classes that the network's configuration has, else None."""
+    if info.get("classes"):
+        return [str(name) for name in info["classes"]]
+    count = getattr(getattr(denoiser.network, "config", None), "num_classes", None)
+    return [str(number) for number in range(count)] if count else None
+
+
+class Generator:
+    """generator(seeds, labels) -> images. Safe to call from many threads; `.denoiser` is D(x, sigma, labels) in fp32, unfolded.
+
+    denoiser: moved to `device` and put in eval mode. info: the model's config.json (resolution, channels, classes, sampling).
+    The image of a seed does not depend on the batch it is drawn in.
+    """
+
+    def __init__(self, denoiser: Denoiser, info: dict, *, device: str = "auto", precision: str = "auto"):
+        self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
+        self.provider = f"torch {self.device.type}"
+        self.denoiser = denoiser.to(self.device).eval().requires_grad_(False)
+        self.info = info
+        self.classes = class_names(denoiser, info)
+        config = getattr(denoiser.network, "config", None)
+        self.resolution = info.get("resolution") or getattr(config, "resolution", None)
+        self.channels = info.get("channels") or getattr(config, "in_channels", None)
+        if not (self.resolution and self.channels):
+            raise InputError("missing field in config.json: resolution or channels. Give both in info.")
+        self._worker = self._working_copy()
+        self._frozen: dict[float, FrozenLevel] = {}
+        self._graphs: dict[tuple, CapturedBatch] = {}
+        self._lock = threading.Lock()
+        elements = CUDA_ELEMENTS if self.device.type == "cuda" else CPU_ELEMENTS
+        self.batch_size = max(1, elements // (self.channels * self.resolution**2))
+
+    def _working_copy(self) -> nn.Module:
+        network, dtype = self.denoiser.network, PRECISIONS[self.precision]
+        if dtype != torch.float32:
+            network = copy.deepcopy(network).to(dtype)
+        return network.to(memory_format=torch.channels_last) if self.device.type == "cuda" else network
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return self.denoiser.preconditioning.sigma_min, self.denoiser.preconditioning.sigma_max
+
+    def level(self, sigma: float) -> FrozenLevel:
+        """The denoiser at one noise level, folded and in the working precision; kept for the next call."""
+        with self._lock:
+            if sigma not in self._frozen:
+                self._frozen[sigma] = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
+            return self._frozen[sigma]
+
+    def sigmas(self, steps: int | None = None, sigmas=None) -> tuple[float, ...]:
+        """The noise levels that a call with these arguments visits."""
+        return noise_levels(steps, sigmas, self.denoiser.preconditioning, self.info.get("sampling"))
+
+    def __call__(self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str = "consistency"):
+        """Returns one image per seed: uint8 [N, H, W, C], with output="float" float32 in [-1, 1] of that shape, with "pil" a list.
+
+        seeds: an int or ints of 64 bits. labels: a class (number or name), a list cycled over the seeds, or None for seed mod classes.
+        steps: network calls, 1 by default, or sigmas: the noise levels from high to low. sampler: "consistency", or for diffusion
+        teachers "heun", "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels.
+        Raises InputError for arguments that do not fit the model, RunError where an image has non-finite pixels.
+        """
+        check_output(output)
+        batches = [images for _, _, images in self.batches(seeds, labels, steps=steps, sigmas=sigmas, output=output, sampler=sampler)]
+        dtype = np.float32 if output == "float" else np.uint8
+        images = np.concatenate(batches) if batches else np.empty((0, self.resolution, self.resolution, self.channels), dtype)
+        return finished(images, output)
+
+    def batches(
+        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str = "consistency"
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
+        """Yields (seeds, labels, images) of one batch after the other, for long jobs; arguments as in a call, checked at once."""
+        seeds = seed_array(seeds)
+        labels = label_array(labels, seeds, self.classes)
+        run = self._run(steps, sigmas, sampler)
+        return self._batches(run, seeds, labels, output)
+
+    def _batches(self, run, seeds: np.ndarray, labels: np.ndarray | None, output: str):
+        start = 0
+        while start < len(seeds):
+            rows = slice(start, start + self.batch_size)
+            try:
+                images = self._batch(run, seeds[rows], None if labels is None else labels[rows], output)
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise RunError(f"out of memory on {self.device} with one image. Use a smaller model or --device cpu.") from None
+                self.batch_size = max(1, self.batch_size // 2)
+                continue
+            yield seeds[rows], None if labels is None else labels[rows], images
+            start += len(images)
+
+    def _run(self, steps: int | None, sigmas, sampler: str):
+        """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; key names it among the CUDA graphs."""
+        p = self.denoiser.preconditioning
+        if sampler == "consistency":
+            visited = self.sigmas(steps, sigmas)
+            levels = [self.level(sigma) for sigma in visited]
+            return visited, lambda noise, labels: multistep(levels, noise, sigma_min=p.sigma_min, labels=labels)
+        solve = teacher_sampler(sampler)
+        if sigmas is not None:
+            raise InputError(f"sigmas with a solver in --sampler: {sampler}. Give steps; the solver's grid follows from them.")
+        steps = TEACHER_STEPS if steps is None else len(self.sigmas(steps))
+        grid = teacher_grid(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
+        denoiser = Denoiser(self._worker, p)
+        return (sampler, steps), lambda noise, labels: solve(denoiser, noise, grid, labels=labels)
+
+    @torch.inference_mode()
+    def _batch(self, run, seeds: np.ndarray, labels: np.ndarray | None, output: str) -> np.ndarray:
+        """The images of one batch, uint8 or float32 [B, H, W, C]."""
+        key, draw = run
+        shape = (self.channels, self.resolution, self.resolution)
+
+        def draw_images(seeds: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            D_x = draw(SeedNoise(seeds, shape), labels)
+            images = D_x.permute(0, 2, 3, 1).contiguous() if output == "float" else kernels.to_uint8(D_x, layout="NHWC")
+            return images, D_x.flatten(1).isfinite().all(dim=1)
+
+        if self.device.type == "cuda":
+            images, finite = self._replay((key, output == "float"), draw_images, seeds, labels)
+        else:
+            images, finite = draw_images(*(None if array is None else torch.from_numpy(array.copy()) for array in (seeds, labels)))
+        bad = seeds[~finite.numpy()]
+        if len(bad):
+            cause = f"The weights are broken, or overflow in {self.precision}: try --precision fp32."
+            raise RunError(f"non-finite pixels in the image of seed {bad[0]} ({len(bad)} of {len(seeds)} images). {cause}")
+        return images.numpy()
+
+    def _replay(self, key: tuple, draw_images, seeds: np.ndarray, labels: np.ndarray | None) -> list[Tensor]:
+        """draw_images as a CUDA graph; batches are padded to powers of two, so that few graphs serve every size."""
+        size = 1 << (len(seeds) - 1).bit_length()
+        padded = [None if array is None else np.pad(array, (0, size - len(array)), mode="edge") for array in (seeds, labels)]
+        with self._lock, torch.cuda.device(self.device):
+            tensors = [None if array is None else torch.from_numpy(array).to(self.device) for array in padded]
+            if (*key, size) not in self._graphs:
+                self._graphs[(*key, size)] = CapturedBatch(draw_images, *tensors)
+            return [output[: len(seeds)].cpu() for output in self._graphs[(*key, size)](*tensors)]

@@ -1,0 +1,97 @@
+"""What a caller asks of a generator, checked: seeds, labels, noise levels and the form of the images."""
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fastcm.consistency.denoiser import Preconditioning
+from fastcm.consistency.noise_schedule import sampling_sigmas
+from fastcm.errors import InputError, nearest
+
+OUTPUTS = ("uint8", "float", "pil")
+SEED_RANGE = range(-(2**63), 2**63)
+
+
+def seed_array(seeds: int | Iterable[int]) -> np.ndarray:
+    """Returns the seeds as int64 [N]; an int stands for itself alone."""
+    values = [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds)
+    for seed in values:
+        try:
+            inside = operator.index(seed) in SEED_RANGE
+        except TypeError:
+            raise InputError(f"not an integer in seeds: {seed!r}. Give integers of 64 bits.") from None
+        if not inside:
+            raise InputError(f"seed out of range in seeds: {seed}. Give integers from -2^63 to 2^63 - 1.")
+    return np.array(values, dtype=np.int64)
+
+
+def class_number(label, classes: Sequence[str]) -> int:
+    """A class by its number or its name."""
+    if isinstance(label, str) and label in classes:
+        return list(classes).index(label)
+    try:
+        number = int(label) if isinstance(label, str) else operator.index(label)
+    except (TypeError, ValueError):
+        remedy = nearest(str(label), classes) or f" Give a name or a number from 0 to {len(classes) - 1}."
+        raise InputError(f"unknown class in labels: {label}.{remedy}") from None
+    if not 0 <= number < len(classes):
+        raise InputError(f"class out of range in labels: {number}. The model has the classes 0 to {len(classes) - 1}.")
+    return number
+
+
+def label_array(labels, seeds: np.ndarray, classes: Sequence[str] | None) -> np.ndarray | None:
+    """Returns a class per seed, int64 [N], None for models without classes. A list is cycled over the seeds; None is seed mod classes."""
+    if not classes:
+        if labels is not None:
+            raise InputError(f"labels for a model without classes in labels: {labels}. Leave labels out.")
+        return None
+    if labels is None:
+        return seeds % len(classes)
+    values = [labels] if isinstance(labels, (str, int, np.integer)) else list(labels)
+    if not values:
+        raise InputError("no class in labels: the list is empty. Give a class, or leave labels out.")
+    return np.resize(np.array([class_number(label, classes) for label in values], dtype=np.int64), len(seeds))
+
+
+def noise_levels(steps: int | None, sigmas: Iterable[float] | None, preconditioning: Preconditioning, sampling: dict) -> tuple[float, ...]:
+    """Returns the levels of a consistency sampler, downwards: `sigmas` as given, else the model's own for `steps`, else a Karras grid.
+
+    sampling: {"2": [80.0, 0.8], ...}, the levels that the model's folder recommends per number of steps.
+    """
+    p = preconditioning
+    if sigmas is None:
+        steps = 1 if steps is None else steps
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(f"illegal value in steps: {steps}. Give an integer of 1 or more.")
+        recommended = (sampling or {}).get(str(steps))
+        sigmas = recommended or sampling_sigmas(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
+    elif steps is not None:
+        raise InputError(f"both steps and sigmas given: {steps} and {sigmas}. Give one of them.")
+    levels = tuple(float(sigma) for sigma in ([sigmas] if isinstance(sigmas, (int, float)) else sigmas))
+    if not levels:
+        raise InputError("no noise level in sigmas: the list is empty. Give at least one.")
+    # Grids computed in float64 and files written in decimal may pass the ends by a rounding.
+    for sigma in levels:
+        if not (math.isfinite(sigma) and p.sigma_min * (1 - 1e-6) <= sigma <= p.sigma_max * (1 + 1e-6)):
+            remedy = f"The model was trained from {p.sigma_min:g} to {p.sigma_max:g}."
+            raise InputError(f"noise level out of range in sigmas: {sigma:g}. {remedy}")
+    if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
+        raise InputError(f"noise levels out of order in sigmas: {', '.join(f'{s:g}' for s in levels)}. Give them from high to low.")
+    return levels
+
+
+def check_output(output: str) -> str:
+    if output not in OUTPUTS:
+        raise InputError(f"unknown value in output: {output}. Use one of {', '.join(OUTPUTS)}.{nearest(str(output), OUTPUTS)}")
+    return output
+
+
+def finished(images: np.ndarray, output: str):
+    """Images uint8 [N, H, W, C] as a list of PIL images where that was asked for."""
+    if output != "pil":
+        return images
+    from fastcm.generation.pictures import to_pil
+
+    return [to_pil(image) for image in images]

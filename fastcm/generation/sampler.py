@@ -1,0 +1,177 @@
+"""From noise to images: one call of a consistency model, several calls, and the ODE solvers that diffusion teachers need.
+
+A *level* is a denoiser at one fixed noise level: a callable `level(x, labels) -> D` with `level.sigma`, a float (see frozen.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastcm import kernels
+from fastcm.consistency.noise_schedule import karras_grid
+from fastcm.consistency.solver import Denoise, euler_step, heun_step, slope
+from fastcm.errors import InputError, nearest
+
+SAMPLING_STREAM = 16  # the noise before step j of a sample is stream 16 + j, its first noise stream 16: public numbers
+TEACHER_STEPS = 18
+
+
+class Level(Protocol):
+    sigma: float
+
+    def __call__(self, x: Tensor, labels: Tensor | None) -> Tensor: ...
+
+
+class SeedNoise:
+    """Noise of a batch of seeds, int64 [B]: image b depends on seeds[b] alone, whatever its batch or device."""
+
+    def __init__(self, seeds: Tensor, shape: tuple[int, int, int]):
+        self.seeds = seeds
+        self.position = torch.zeros_like(seeds)
+        self.shape = tuple(shape)
+
+    def normal(self, step: int) -> Tensor:
+        """The unit normal noise before `step`, fp32 [B, C, H, W]."""
+        return kernels.normal(self.seeds, self.position, self.shape, stream=SAMPLING_STREAM + step)
+
+    def renoise(self, D_x: Tensor, sigma: float, *, step: int, sigma_min: float, clip: bool) -> Tensor:
+        """D_x, clipped, lifted back to noise level sigma."""
+        sigmas = torch.full((len(D_x),), sigma, device=D_x.device)
+        return kernels.renoise(D_x, self.seeds, self.position, sigmas, step=step, sigma_min=sigma_min, clip=clip)
+
+
+class GivenNoise:
+    """Noise handed over as a tensor: unit normal fp32 [B, K, C, H, W], one field per step (what an exported graph takes)."""
+
+    def __init__(self, noise: Tensor):
+        self.noise = noise
+
+    def normal(self, step: int) -> Tensor:
+        return self.noise[:, step]
+
+    def renoise(self, D_x: Tensor, sigma: float, *, step: int, sigma_min: float, clip: bool) -> Tensor:
+        # Consistency Models, Algorithm 1: x ~ N(D, sigma^2 - sigma_min^2).
+        D_x = D_x.clamp(-1, 1) if clip else D_x
+        return D_x + (sigma**2 - sigma_min**2) ** 0.5 * self.normal(step)
+
+
+Noise = SeedNoise | GivenNoise
+
+
+def onestep(level: Level, noise: Noise, *, labels: Tensor | None = None, clip: bool = True) -> Tensor:
+    """D(sigma z, sigma), fp32 [B, C, H, W]: one call of a consistency model, from pure noise of the level's sigma."""
+    D_x = level(level.sigma * noise.normal(0), labels)
+    return D_x.clamp(-1, 1) if clip else D_x
+
+
+def multistep(levels: Sequence[Level], noise: Noise, *, sigma_min: float, labels: Tensor | None = None, clip: bool = True) -> Tensor:
+    """Multistep consistency sampling (Consistency Models, Algorithm 1), fp32 [B, C, H, W].
+
+    The first level starts from pure noise; before each further level j the image is clipped and renoised with the stream of step j.
+    With one level this is `onestep`.
+    """
+    D_x = levels[0](levels[0].sigma * noise.normal(0), labels)
+    for step, level in enumerate(levels[1:], start=1):
+        D_x = level(noise.renoise(D_x, level.sigma, step=step, sigma_min=sigma_min, clip=clip), labels)
+    return D_x.clamp(-1, 1) if clip else D_x
+
+
+def teacher_grid(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+    """The Karras grid of `steps` levels and the 0 where a diffusion sampler ends (Karras et al. 2022, equation 5): steps + 1 numbers."""
+    levels = [sigma_max] if steps == 1 else karras_grid(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).tolist()
+    return [*levels, 0.0]
+
+
+def _clipped(denoise: Denoise, clip: bool) -> Denoise:
+    return (lambda x, sigma, labels: denoise(x, sigma, labels).clamp(-1, 1)) if clip else denoise
+
+
+def _batch(sigma: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
+
+
+def churned(
+    x: Tensor, sigma: float, noise: Noise, *, step: int, steps: int, churn: float, churn_range: tuple[float, float], churn_noise: float
+) -> tuple[Tensor, float]:
+    """Raises the noise level before a step (Karras et al. 2022, Algorithm 2, lines 4-6): returns (x, sigma_hat).
+
+    gamma = min(churn / (n - 1), sqrt(2) - 1) with n the number of grid levels, as published for consistency models.
+    """
+    gamma = min(churn / max(steps - 1, 1), 2**0.5 - 1) if churn_range[0] <= sigma <= churn_range[1] else 0.0
+    if gamma == 0:
+        return x, sigma
+    sigma_hat = sigma * (1 + gamma)
+    return x + churn_noise * (sigma_hat**2 - sigma**2) ** 0.5 * noise.normal(step + 1), sigma_hat
+
+
+def euler(denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: Tensor | None = None, clip: bool = True) -> Tensor:
+    """Deterministic Euler along the probability-flow ODE, one call per step."""
+    denoise, x = _clipped(denoise, clip), grid[0] * noise.normal(0)
+    for hi, lo in zip(grid, grid[1:], strict=False):
+        x = euler_step(denoise, x, _batch(hi, x), _batch(lo, x), labels)
+    return x.clamp(-1, 1) if clip else x
+
+
+def heun(
+    denoise: Denoise,
+    noise: Noise,
+    grid: Sequence[float],
+    *,
+    labels: Tensor | None = None,
+    clip: bool = True,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method with optional churn (Karras et al. 2022, Algorithm 2): two calls per step, one for the last step to 0."""
+    denoise, x = _clipped(denoise, clip), grid[0] * noise.normal(0)
+    for step, (sigma, lo) in enumerate(zip(grid, grid[1:], strict=False)):
+        x, hi = churned(x, sigma, noise, step=step, steps=len(grid) - 1, churn=churn, churn_range=churn_range, churn_noise=churn_noise)
+        x = (heun_step if lo > 0 else euler_step)(denoise, x, _batch(hi, x), _batch(lo, x), labels)
+    return x.clamp(-1, 1) if clip else x
+
+
+def dpm(
+    denoise: Denoise,
+    noise: Noise,
+    grid: Sequence[float],
+    *,
+    labels: Tensor | None = None,
+    clip: bool = True,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """The midpoint method with sigma_mid = ((hi^(1/3) + lo^(1/3)) / 2)^3 and optional churn: two calls per step, the last included."""
+    denoise, x = _clipped(denoise, clip), grid[0] * noise.normal(0)
+    for step, (sigma, lo) in enumerate(zip(grid, grid[1:], strict=False)):
+        x, hi = churned(x, sigma, noise, step=step, steps=len(grid) - 1, churn=churn, churn_range=churn_range, churn_noise=churn_noise)
+        mid = ((hi ** (1 / 3) + lo ** (1 / 3)) / 2) ** 3
+        x_mid = euler_step(denoise, x, _batch(hi, x), _batch(mid, x), labels)
+        x = x + (lo - hi) * slope(denoise, x_mid, _batch(mid, x), labels)
+    return x.clamp(-1, 1) if clip else x
+
+
+def ancestral(denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: Tensor | None = None, clip: bool = True) -> Tensor:
+    """Euler to sigma_down, then fresh noise of sigma_up: sigma_up^2 = lo^2 (hi^2 - lo^2) / hi^2, sigma_down^2 = lo^2 - sigma_up^2."""
+    denoise, x = _clipped(denoise, clip), grid[0] * noise.normal(0)
+    for step, (hi, lo) in enumerate(zip(grid, grid[1:], strict=False)):
+        up = (lo**2 * (hi**2 - lo**2) / hi**2) ** 0.5
+        down = (lo**2 - up**2) ** 0.5
+        x = euler_step(denoise, x, _batch(hi, x), _batch(down, x), labels)
+        if up > 0:
+            x = x + up * noise.normal(step + 1)
+    return x.clamp(-1, 1) if clip else x
+
+
+TEACHER_SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": heun, "euler": euler, "dpm": dpm, "ancestral": ancestral}
+SAMPLERS = ("consistency", *TEACHER_SAMPLERS)
+
+
+def teacher_sampler(name: str) -> Callable[..., Tensor]:
+    """Returns heun, euler, dpm or ancestral by name."""
+    if name not in TEACHER_SAMPLERS:
+        raise InputError(f"unknown value in --sampler: {name}. Use one of {', '.join(SAMPLERS)}.{nearest(name, SAMPLERS)}")
+    return TEACHER_SAMPLERS[name]

@@ -1,0 +1,151 @@
+"""Samplers against the Gaussian world, where every trajectory is known."""
+
+import math
+
+import pytest
+import torch
+from analytic import gaussian_consistency, gaussian_teacher, ode_gain
+
+from fastcm.errors import InputError
+from fastcm.generation.frozen import freeze
+from fastcm.generation.sampler import (
+    GivenNoise,
+    SeedNoise,
+    ancestral,
+    dpm,
+    euler,
+    heun,
+    multistep,
+    onestep,
+    teacher_grid,
+    teacher_sampler,
+)
+
+SHAPE = (1, 4, 4)
+SEEDS = torch.tensor([0, 1, -1, 2**63 - 1])
+GRID = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+
+
+class CountingNoise(GivenNoise):
+    """Given noise that records which steps were asked for."""
+
+    def __init__(self, noise):
+        super().__init__(noise)
+        self.asked = []
+
+    def normal(self, step):
+        self.asked.append(step)
+        return super().normal(step)
+
+
+def given(steps, batch=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return CountingNoise(torch.randn(batch, steps, *SHAPE, generator=generator))
+
+
+@pytest.mark.parametrize("form", ["boundary", "edm"])
+def test_onestep_is_the_exact_consistency_function_of_the_noise(form):
+    denoiser = gaussian_consistency(form, data_std=0.3)
+    noise = given(1)
+    image = onestep(freeze(denoiser, 80.0), noise, clip=False)
+    torch.testing.assert_close(image, ode_gain(80.0, 0.002, 0.3) * 80 * noise.normal(0), rtol=1e-5, atol=1e-6)
+
+
+def test_multistep_with_one_level_is_onestep():
+    level = freeze(gaussian_consistency(), 80.0)
+    assert torch.equal(multistep([level], given(1), sigma_min=0.002), onestep(level, given(1)))
+
+
+def test_multistep_follows_algorithm_1():
+    denoiser, noise = gaussian_consistency(data_std=0.3), given(3)
+    sigmas = (80.0, 2.0, 0.5)
+    image = multistep([freeze(denoiser, s) for s in sigmas], noise, sigma_min=0.002)
+    x = 80 * noise.noise[:, 0]
+    for step, sigma in enumerate(sigmas):
+        if step:
+            x = D.clamp(-1, 1) + math.sqrt(sigma**2 - 0.002**2) * noise.noise[:, step]  # noqa: F821
+        D = denoiser(x, torch.full((4,), sigma))
+    torch.testing.assert_close(image, D.clamp(-1, 1), rtol=1e-5, atol=1e-6)
+    assert noise.asked == [0, 1, 2]
+
+
+def test_clipping_bounds_what_is_renoised_and_what_is_returned():
+    levels = [freeze(gaussian_consistency(data_std=5.0), s) for s in (80.0, 2.0)]
+    free, clipped = (multistep(levels, given(2), sigma_min=0.002, clip=clip) for clip in (False, True))
+    assert free.abs().max() > 1.5 and clipped.abs().max() == 1
+    assert not torch.allclose(free.clamp(-1, 1), clipped)  # the first image was clipped before the second step
+
+
+def test_seed_noise_and_given_noise_are_the_same_sampler():
+    levels = [freeze(gaussian_consistency(data_std=0.4), s) for s in (80.0, 3.0, 0.7)]
+    seeds = SeedNoise(SEEDS, SHAPE)
+    fields = torch.stack([seeds.normal(step) for step in range(3)], dim=1)
+    assert len({field.sum().item() for field in fields.flatten(0, 1)}) == 12  # every step and seed has its own noise
+    a, b = multistep(levels, seeds, sigma_min=0.002), multistep(levels, GivenNoise(fields), sigma_min=0.002)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_teacher_grid_ends_at_zero():
+    grid = teacher_grid(18, **GRID)
+    assert len(grid) == 19 and grid[-1] == 0.0 and grid[0] == pytest.approx(80) and grid[-2] == pytest.approx(0.002)
+    assert teacher_grid(1, **GRID) == [80.0, 0.0]
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2), (dpm, 2)])
+def test_order_of_convergence(sampler, order):
+    """Halving the step divides the error by 2^order. The grid stops at 0.5: the last step to 0 is first order by design."""
+    denoiser, noise = gaussian_teacher("edm", data_std=0.7), given(1)
+    exact = ode_gain(80.0, 0.5, 0.7) * 80 * noise.normal(0)
+
+    def error(steps):
+        index = torch.arange(steps + 1, dtype=torch.float64) / steps
+        grid = ((80 ** (1 / 7) + index * (0.5 ** (1 / 7) - 80 ** (1 / 7))) ** 7).tolist()
+        return (sampler(denoiser, noise, grid, clip=False) - exact).abs().max().item()
+
+    observed = math.log2(error(24) / error(48))
+    assert observed == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(("sampler", "bound"), [(euler, 0.08), (heun, 0.01), (dpm, 0.02)])
+def test_solvers_reach_the_exact_sample(sampler, bound):
+    denoiser, noise = gaussian_teacher("edm", data_std=0.4), given(1)
+    exact = (ode_gain(80.0, 0.0, 0.4) * 80 * noise.normal(0)).clamp(-1, 1)
+    image = sampler(denoiser, noise, teacher_grid(40, **GRID), clip=False).clamp(-1, 1)
+    assert (image - exact).abs().max() < bound
+
+
+@pytest.mark.parametrize("sampler", [heun, dpm])
+def test_churn_draws_its_own_noise_and_keeps_the_distribution(sampler):
+    denoiser, noise = gaussian_teacher("edm", data_std=0.3), given(31, batch=256)
+    image = sampler(denoiser, noise, teacher_grid(30, **GRID), clip=False, churn=20.0, churn_range=(0.05, 50.0))
+    churned_steps = [step for step in noise.asked if step > 0]
+    assert len(churned_steps) > 5 and len(set(churned_steps)) == len(churned_steps)
+    assert image.std().item() == pytest.approx(0.3, rel=0.05)
+    calm = sampler(denoiser, given(31, batch=256), teacher_grid(30, **GRID), clip=False)
+    assert not torch.allclose(image, calm, atol=0.05)
+
+
+def test_ancestral_keeps_the_distribution():
+    denoiser, noise = gaussian_teacher("edm", data_std=0.3), given(61, batch=256)
+    grid = teacher_grid(60, **GRID)
+    image = ancestral(denoiser, noise, grid, clip=False)
+    assert image.std().item() == pytest.approx(0.3, rel=0.15)  # its Euler steps are first order
+    assert noise.asked == list(range(60))  # the last step, to 0, adds none
+    x = grid[0] * noise.noise[:, 0].double()
+    for step, (hi, lo) in enumerate(zip(grid, grid[1:], strict=False)):
+        up = math.sqrt(lo**2 * (hi**2 - lo**2) / hi**2)
+        x = x + (math.sqrt(lo**2 - up**2) - hi) * (x - 0.09 / (hi**2 + 0.09) * x) / hi
+        x = x + up * noise.noise[:, min(step + 1, 60)].double()
+    torch.testing.assert_close(image, x.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_calls_of_the_network_per_step():
+    for sampler, nfe in ((euler, 5), (heun, 9), (dpm, 10), (ancestral, 5)):
+        denoiser, calls = gaussian_teacher("edm"), []
+        sampler(lambda x, s, labels, d=denoiser, c=calls: c.append(0) or d(x, s, labels), given(6), teacher_grid(5, **GRID))
+        assert len(calls) == nfe, sampler.__name__
+
+
+def test_unknown_sampler_is_named():
+    with pytest.raises(InputError, match="--sampler: huen.*Did you mean 'heun'"):
+        teacher_sampler("huen")
