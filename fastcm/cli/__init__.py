@@ -14,7 +14,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from types import ModuleType
 
+import fastcm
 from fastcm.errors import InputError, RunError, nearest
 
 COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "serve", "info", "bench")
@@ -62,10 +64,18 @@ def build_parser(command: str | None = None) -> Parser:
     parser = Parser(prog="fastcm", description="Train, run and ship consistency models: one network call per image.")
     parser.add_argument("--version", action="version", version=_version(), help="show the versions of fastcm, Python and torch")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
-    present = [name for name in COMMANDS if importlib.util.find_spec(f"fastcm.cli.{name}") is not None]
+    present = [name for name in COMMANDS if _is_present(name)]
     for name in (command,) if command in present else present:
-        importlib.import_module(f"fastcm.cli.{name}").add(subparsers)
+        _module(name).add(subparsers)
     return parser
+
+
+def _is_present(command: str) -> bool:
+    return importlib.util.find_spec(f"fastcm.cli.{command}") is not None
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"fastcm.cli.{command}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +112,7 @@ def _dispatch(argv: list[str]) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return EXIT_INPUT
-    return importlib.import_module(f"fastcm.cli.{args.command}").run(args) or 0
+    return _module(args.command).run(args) or 0
 
 
 def _actions_of(parser: Parser, command: str | None) -> list[argparse.Action]:
@@ -164,7 +174,7 @@ def _rephrased(message: str, prog: str) -> str:
 
 def _version() -> str:
     try:
-        versions = [f"{name} {metadata.version(name)}" for name in ("fastcm", "torch")]
+        torch_version = metadata.version("torch")
     except metadata.PackageNotFoundError:
-        versions = ["fastcm (not installed: run from a checkout)"]
-    return f"{versions[0]} (Python {sys.version.split()[0]}{''.join(', ' + version for version in versions[1:])})"
+        torch_version = "missing"
+    return f"fastcm {fastcm.__version__} (Python {sys.version.split()[0]}, torch {torch_version})"

@@ -1,0 +1,68 @@
+"""What every test runs under: fixed seeds, no network, its own cache, threads that fit the cores, GPU tests only beside a GPU."""
+
+import os
+import random
+import socket
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+# Before torch is imported, and inherited by child processes: workers that share the cores must not each take all of them.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
+
+settings.register_profile("fastcm", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("fastcm")
+
+
+def _guarded(connect):
+    def connect_to_loopback(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise PermissionError(f"a test reached for the network: {address}")
+        return connect(self, address)
+
+    return connect_to_loopback
+
+
+def _local_only(getaddrinfo):
+    def resolve(host, *args, **options):
+        if host not in (None, "", "127.0.0.1", "::1", "0.0.0.0", "localhost", socket.gethostname()):
+            raise PermissionError(f"a test asked for the address of {host}")
+        return getaddrinfo(host, *args, **options)
+
+    return resolve
+
+
+def pytest_configure(config):
+    # For the whole run and not by a fixture, so that imports and session fixtures are held to it as well.
+    socket.socket.connect = _guarded(socket.socket.connect)
+    socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+    socket.getaddrinfo = _local_only(socket.getaddrinfo)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # a second, spared where no GPU test is asked for
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Decoded pictures go to the test run's own folder, in child processes too."""
+    os.environ["FASTCM_CACHE"] = str(tmp_path_factory.mktemp("fastcm-cache"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
