@@ -3,9 +3,10 @@
 from torch import nn
 
 from fastcm.errors import InputError, nearest
+from fastcm.networks.song_unet import SongUNet, SongUNetConfig
 from fastcm.networks.unet import UNet, UNetConfig
 
-KINDS = {"adm": (UNetConfig, UNet)}
+KINDS = {"adm": (UNetConfig, UNet), "song": (SongUNetConfig, SongUNet)}
 
 
 def build(kind: str, options: dict) -> nn.Module:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from fastcm import kernels
 from fastcm.networks.dropout import Dropout
@@ -53,14 +54,20 @@ class GroupNorm(nn.Module):
         return f"{self.weight.numel()}, groups={self.groups}, eps={self.eps}, silu={self.silu}"
 
 
-def sinusoidal_embedding(c_noise: torch.Tensor, channels: int) -> torch.Tensor:
-    """[cos, sin] of c_noise times exp(-ln 1e4 i / half), i in range(half), half = channels / 2 (ADM; DDPM Section 3.3 has sin first).
+def noise_angles(c_noise: torch.Tensor, channels: int, *, endpoint: bool = False) -> torch.Tensor:
+    """c_noise times 10000^(-i / half), i in range(half), half = channels / 2; with `endpoint` the last factor is 1/10000 exactly.
 
-    c_noise fp32 [B] -> fp32 [B, channels]. Always fp32: 250 ln sigma reaches 1,500, and half precision would round it to whole radians.
+    c_noise fp32 [B] -> fp32 [B, half]. Always fp32: 250 ln sigma reaches 1,500, and half precision would round it to whole radians.
     """
     half = channels // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=c_noise.device) * (-math.log(10000.0) / half))
-    angles = c_noise.to(torch.float32)[:, None] * frequencies
+    steps = half - 1 if endpoint else half
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=c_noise.device) * (-math.log(10000.0) / steps))
+    return c_noise.to(torch.float32)[:, None] * frequencies
+
+
+def sinusoidal_embedding(c_noise: torch.Tensor, channels: int) -> torch.Tensor:
+    """[cos, sin] of the noise angles, fp32 [B, channels]: ADM's order. SongUNet has the sines first."""
+    angles = noise_angles(c_noise, channels)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -97,8 +104,19 @@ def attend(q, k, v):
     return torch.softmax(q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5), dim=-1) @ v
 
 
+def self_attention(x, qkv: nn.Conv2d, proj: nn.Conv2d, heads: int):
+    """proj(attend(qkv(x))) over all pixels of x [B, C, H, W]. The 3C channels of qkv are (3, heads, d)."""
+    batch, channels, height, width = x.shape
+    # Pixels before channels, and 1x1 convolutions as products: what the fused attentions want, and free for a channels-last x.
+    pixels = x.flatten(2).transpose(1, 2)
+    parts = F.linear(pixels, qkv.weight.flatten(1), qkv.bias).view(batch, height * width, 3, heads, channels // heads)
+    h = attend(*parts.transpose(1, 3).unbind(2)).transpose(1, 2).reshape(batch, height * width, channels)
+    h = F.linear(h, proj.weight.flatten(1), proj.bias)
+    return h.transpose(1, 2).view(batch, channels, height, width)
+
+
 class Attention(nn.Module):
-    """Self-attention over all pixels with a residual: x + proj_out(attend(qkv(norm(x)))). The 3C channels of qkv are (3, heads, d)."""
+    """x + self_attention(norm(x)), with ADM's keys."""
 
     def __init__(self, channels: int, *, heads: int, groups: int | None = None):
         super().__init__()
@@ -108,14 +126,7 @@ class Attention(nn.Module):
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
-        batch, channels, height, width = x.shape
-        # Pixels before channels, and 1x1 convolutions as products: what the fused attentions want, and free for a channels-last x.
-        pixels = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(pixels, self.qkv.weight.flatten(1), self.qkv.bias).view(batch, height * width, 3, self.heads, channels // self.heads)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, heads, HW, d] each
-        h = attend(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + h.transpose(1, 2).view(batch, channels, height, width)
+        return x + self_attention(self.norm(x), self.qkv, self.proj_out, self.heads)
 
 
 class ResBlock(nn.Module):
@@ -176,6 +187,14 @@ class Upsample(nn.Module):
     def forward(self, x):
         x = upsample(x)
         return x if self.conv is None else self.conv(x)
+
+
+def runner(recompute: bool):
+    """How to call layer(x, emb): as it is, or keeping x and emb only and computing it again in the backward pass."""
+    if recompute and torch.is_grad_enabled() and not forward_mode_active():
+        # Dropout masks are a function of the stream, so there is no random state to save.
+        return lambda layer, x, emb: checkpoint(layer, x, emb, use_reentrant=False, preserve_rng_state=False)
+    return lambda layer, x, emb: layer(x, emb)
 
 
 def zero_init(module: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastcm.errors import InputError
 from fastcm.networks import dropout
@@ -16,12 +15,12 @@ from fastcm.networks.blocks import (
     ResBlock,
     Upsample,
     downsample,
-    forward_mode_active,
-    norm_groups,
+    runner,
     sinusoidal_embedding,
     upsample,
     zero_init,
 )
+from fastcm.networks.checks import require, require_counts, require_dropout, require_groups, require_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +47,18 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as JSON has them, become comparable
-        for name in ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"):
-            _require(_is_count(getattr(self, name)), name, getattr(self, name), "Give a positive integer.")
-        for name in ("num_heads", "num_classes", "norm_groups"):
-            value = getattr(self, name)
-            _require(value is None or _is_count(value), name, value, "Give a positive integer or leave it out.")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "Give a number from 0 up to but not including 1.")
-        _require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
-        self._check_levels()
-
-    def _check_levels(self):
-        mults, count = self.channel_mult, len(self.channel_mult)
-        whole = all(mult > 0 and self.channels * mult == int(self.channels * mult) for mult in mults)
-        _require(count > 0 and whole, "channel_mult", list(mults), "Give positive factors, e.g. 1,2, that keep channels whole.")
-        factor = 2 ** (count - 1)
-        _require(
-            self.resolution % factor == 0, "resolution", self.resolution, f"Give a multiple of {factor}: channel_mult has {count} levels."
-        )
-        # Published option lists name resolutions that a shallow network does not reach; those are harmless, others are mistakes.
-        reachable = [self.resolution >> shift for shift in range(self.resolution.bit_length())]
-        for pixels in self.attention_resolutions:
-            _require(pixels in reachable, "attention_resolutions", pixels, f"Choose among {', '.join(map(str, reachable[:count]))} pixels.")
+        require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"))
+        require_counts(self, ("num_heads", "num_classes", "norm_groups"), optional=True)
+        require_dropout(self)
+        require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
+        require_levels(self)
         for level, width in enumerate(self.widths):
-            if level == count - 1 or self.resolution >> level in self.attention_resolutions:
+            require_groups(self, width)
+            if level == len(self.widths) - 1 or self.resolution >> level in self.attention_resolutions:
                 name = "num_heads" if self.num_heads else "head_channels"
-                _require(
+                require(
                     width % getattr(self, name) == 0, name, getattr(self, name), f"It must divide an attention layer's {width} channels."
                 )
-            groups = norm_groups(width, self.norm_groups)
-            _require(width % groups == 0, "norm_groups", groups, f"It must divide a layer's {width} channels.")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -86,15 +68,6 @@ class UNetConfig:
     def heads(self, width: int) -> int:
         """Attention heads of a layer with `width` channels."""
         return self.num_heads or width // self.head_channels
-
-
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _require(condition: bool, field: str, value, remedy: str):
-    if not condition:
-        raise InputError(f"illegal value in network.{field}: {value}. {remedy}")
 
 
 class Stage(nn.Sequential):
@@ -195,13 +168,13 @@ class UNet(nn.Module):
         emb = self.time_embed(sinusoidal_embedding(c_noise, self.config.channels).to(self.dtype))
         if labels is not None:
             if self.config.num_classes is None:
-                raise InputError("labels given to an unconditional network: network.num_classes is not set. Pass labels=None.")
+                raise InputError("labels given to an unconditional network, network.num_classes: None. Pass labels=None.")
             emb = emb + self.label_emb(labels)
         return nn.functional.silu(emb)
 
     def forward(self, x, c_noise, labels=None):
         emb = self.embed(c_noise, labels)
-        run = self._run_checkpointed if self.config.checkpoint and torch.is_grad_enabled() and not forward_mode_active() else _run
+        run = runner(self.config.checkpoint)
         x = x.to(self.dtype)
         skips = []
         for stage in self.input_blocks:
@@ -211,11 +184,3 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             x = run(stage, torch.cat([x, skips.pop()], dim=1), emb)
         return self.out(x)
-
-    @staticmethod
-    def _run_checkpointed(stage, x, emb):
-        return checkpoint(stage, x, emb, use_reentrant=False, preserve_rng_state=False)
-
-
-def _run(stage, x, emb):
-    return stage(x, emb)
