@@ -24,7 +24,9 @@ def discretization_steps(curriculum: str, progress: float, *, s0: int, s1: int) 
         # the small term keeps a stage's first step in its stage: k/K * stages can round below the integer.
         stage = min(math.floor(progress * stages + 1e-9), stages - 1)
         return min(s0 * 2**stage, s1) + 1
-    raise InputError(f"unknown value in objective.curriculum: {curriculum}. Use one of {', '.join(CURRICULA)}.{nearest(curriculum, CURRICULA)}")
+    raise InputError(
+        f"unknown value in objective.curriculum: {curriculum}. Use one of {', '.join(CURRICULA)}.{nearest(curriculum, CURRICULA)}"
+    )
 
 
 def target_decay(schedule: str, steps: int, *, s0: int, mu0: float) -> float:
@@ -41,4 +43,6 @@ def target_decay(schedule: str, steps: int, *, s0: int, mu0: float) -> float:
         return math.exp(s0 * math.log(mu0) / steps)
     if schedule == "adaptive-code":
         return math.exp(s0 * math.log(mu0) / (steps - 1))
-    raise InputError(f"unknown value in objective.mu_schedule: {schedule}. Use one of {', '.join(MU_SCHEDULES)}.{nearest(schedule, MU_SCHEDULES)}")
+    raise InputError(
+        f"unknown value in objective.mu_schedule: {schedule}. Use one of {', '.join(MU_SCHEDULES)}.{nearest(schedule, MU_SCHEDULES)}"
+    )

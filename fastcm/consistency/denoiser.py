@@ -49,7 +49,9 @@ class Preconditioning:
             if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
                 raise InputError(f"illegal value in noise.{name}: {value}. Give a positive finite number.")
         if self.sigma_min >= self.sigma_max:
-            raise InputError(f"illegal range in noise.sigma_min: {self.sigma_min}. It must be smaller than noise.sigma_max = {self.sigma_max}.")
+            raise InputError(
+                f"illegal range in noise.sigma_min: {self.sigma_min}. It must be smaller than noise.sigma_max = {self.sigma_max}."
+            )
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Returns the four scalings for sigma [B] fp32."""

@@ -52,7 +52,7 @@ def normal_quantile(u: Tensor) -> Tensor:
 
 
 def uniform_pair(u: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[Tensor, Tensor]:
-    """Adjacent levels (sigma_hi, sigma_lo), each [B] fp32, the pair's index uniform over 0 .. N-2 (Consistency Models, Algorithms 2 and 3)."""
+    """Adjacent levels (sigma_hi, sigma_lo), each [B] fp32, with an index uniform over 0 .. N-2 (Consistency Models, Algorithms 2, 3)."""
     index = (u.double() * (steps - 1)).floor().clamp(max=steps - 2)
     return _pair(index, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
 
@@ -62,8 +62,8 @@ def log_normal_pair(
 ) -> tuple[Tensor, Tensor]:
     """Adjacent levels (sigma_hi, sigma_lo), each [B] fp32, from the discretised log-normal of iCT (Song & Dhariwal 2023, section 3.5).
 
-    p(i) is proportional to erf((ln sigma_hi - P_mean) / (sqrt(2) P_std)) - erf((ln sigma_lo - P_mean) / (sqrt(2) P_std)). The sum telescopes,
-    so the draw is a log-normal truncated to [sigma_min, sigma_max] and binned to the grid: no table, and N may be a tensor.
+    p(i) is proportional to erf((ln sigma_hi - P_mean) / (sqrt(2) P_std)) - erf((ln sigma_lo - P_mean) / (sqrt(2) P_std)). The sum
+    telescopes: the draw is a log-normal truncated to [sigma_min, sigma_max] and binned to the grid. No table, and N may be a tensor.
     """
     first, last = (0.5 * (1 + math.erf((math.log(s) - P_mean) / (math.sqrt(2) * P_std))) for s in (sigma_min, sigma_max))
     sigma = torch.exp(P_mean + P_std * normal_quantile(first + u.double() * (last - first))).clamp(sigma_min, sigma_max)

@@ -1,0 +1,105 @@
+"""`fastcm train`: a preset or pictures in, a run folder with its model out; the same command again resumes."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from fastcm.errors import InputError
+
+KIMG = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)(img|kimg|mimg)?", re.IGNORECASE)
+SECONDS = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser("train", help="train a model, or resume the run", description=__doc__)
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="a published run: digits (default), or folder (default with --data)")
+    parser.add_argument(
+        "--method", help="edm (diffusion teacher), cd (distillation), ct, ict (training from data); the preset's own by default"
+    )
+    parser.add_argument("--data", metavar="SRC", help="a folder of pictures (class = subfolder), an .npz, or digits")
+    parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd distils")
+    parser.add_argument("--init", metavar="MODEL", help="start from this model's weights")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder; runs/PRESET, or runs/PRESET-METHOD, by default")
+    parser.add_argument(
+        "--duration", metavar="N", type=kimg, help="images to train on, as 500kimg, 2Mimg or 64000img (plain numbers are kimg)"
+    )
+    parser.add_argument("--batch", type=int, help="images per step")
+    parser.add_argument("--seed", type=int, help="the seed of weights, noise, levels and order")
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--precision", help="auto, fp32 or bf16")
+    parser.add_argument("--lr", type=float, help="the peak learning rate")
+    parser.add_argument("--resolution", type=int, metavar="N", help="side of the pictures after crop and resize")
+    parser.add_argument("--compile", help="auto, on or off: torch.compile of the network")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="any other setting, as network.channels=64"
+    )
+    parser.add_argument("--bad-images", help="fail (default) or skip")
+    parser.add_argument("--checkpoint-every", metavar="T", type=seconds, help="time between checkpoints, as 30s or 10m")
+    parser.add_argument("--evaluate-every", metavar="N", type=kimg, help="images between two measurements; the best model is kept in best/")
+    parser.add_argument("--sample-every", metavar="N", type=kimg, help="images between two sample grids")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+
+
+def kimg(text: str) -> float:
+    """Thousands of images of `500kimg`, `2Mimg`, `64000img` or a plain number."""
+    match = KIMG.fullmatch(text)
+    if match is None:
+        raise InputError(f"not a number of images: {text}. Write it as 500kimg, 2Mimg or 64000img.")
+    return float(match[1]) * {"img": 1e-3, "kimg": 1.0, "mimg": 1e3, None: 1.0}[match[2] and match[2].lower()]
+
+
+def seconds(text: str) -> float:
+    """Seconds of `30s`, `10m`, `1h` or a plain number."""
+    match = SECONDS.fullmatch(text)
+    if match is None:
+        raise InputError(f"not a time: {text}. Write it as 30s, 10m or 1h.")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastcm import runs
+
+    ready = runs.plan(args.preset, method=args.method, data=args.data, teacher=args.teacher, out=args.out, changes=changes(args))
+    print_plan(ready)
+    if args.dry_run:
+        print(json.dumps(ready.config.as_dict(), indent=1))
+        return 0
+    result = runs.start(ready)
+    done = f"{result.nimg / 1000:g} of {result.total_nimg / 1000:g} kimg"
+    if result.signal is not None:
+        print(f"fastcm: stopped at {done}; the checkpoint is saved. Run the same command again to go on.", file=sys.stderr)
+        return 128 + result.signal
+    print(f"trained {done}; model in {result.model}")
+    return 0
+
+
+def changes(args: argparse.Namespace) -> dict:
+    """The settings that differ from the preset's, by field."""
+    from fastcm.training.config import parse_value
+
+    fields = {
+        "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "seed": args.seed, "device": args.device,
+        "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile, "bad_images": args.bad_images,
+        "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
+    }  # fmt: skip
+    for setting in args.settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"no value in --set: {setting}. Write it as name=value.")
+        fields[name] = parse_value(value)
+    return fields
+
+
+def print_plan(ready) -> None:
+    """What was chosen, in three lines."""
+    config, dataset = ready.config, ready.dataset
+    classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ", no classes"
+    print(f"data     {config.data}: {len(dataset):,} pictures, {dataset.channels}x{dataset.resolution}x{dataset.resolution}{classes}")
+    print(
+        f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {config.optimizer.kind} {config.optimizer.lr:g}"
+    )
+    network = {name: value for name, value in config.network.items() if name not in ("in_channels", "out_channels")}
+    print(f"network  {' '.join(f'{name}={value}' for name, value in network.items())}")
+    print(f"out      {ready.out}", flush=True)

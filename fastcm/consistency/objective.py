@@ -1,0 +1,100 @@
+"""The training losses of the family, one function each: images, a place in the noise stream and noise levels in, per-sample loss out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcm import kernels
+from fastcm.consistency.denoiser import Denoiser, expand, working_dtype
+from fastcm.errors import InputError, nearest
+
+DISTANCES = ("l1", "l2", "pseudo_huber")
+LOSS_WEIGHTS = ("uniform", "snr", "snr+1", "karras", "truncated-snr", "1/gap")
+
+# An ODE step of the teacher: (x_hi, sigma_hi, sigma_lo, labels) -> x_lo.
+TeacherStep = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Batch(NamedTuple):
+    """Images and their place in the noise stream: everything random about a loss is a function of (seed, position)."""
+
+    images: Tensor  # [B, C, H, W] uint8, or fp32 in [-1, 1]
+    labels: Tensor | None  # [B] int64
+    seed: Tensor  # [1] int64
+    position: Tensor  # [B] int64
+    flip: Tensor | None = None  # [B] bool, mirrored where true
+
+
+def loss_weight(name: str, sigma_hi: Tensor, sigma_lo: Tensor, *, sigma_data: float) -> Tensor:
+    """lambda(sigma) [B]: the published weightings, SNR = sigma^-2 at the noisier level; "1/gap" is iCT's 1 / (sigma_hi - sigma_lo)."""
+    snr = sigma_hi.square().reciprocal()
+    if name == "uniform":
+        return torch.ones_like(sigma_hi)
+    if name == "snr":
+        return snr
+    if name == "snr+1":
+        return snr + 1
+    if name == "karras":
+        return snr + sigma_data**-2
+    if name == "truncated-snr":
+        return snr.clamp(min=1)
+    if name == "1/gap":
+        return (sigma_hi - sigma_lo).reciprocal()
+    raise InputError(f"unknown value in objective.loss_weight: {name}. Use one of {', '.join(LOSS_WEIGHTS)}.{nearest(name, LOSS_WEIGHTS)}")
+
+
+def set_dropout_stream(network: nn.Module, batch: Batch) -> None:
+    """Hands dropout its place in the stream, so that student and target share their masks."""
+    if hasattr(network, "set_stream"):
+        network.set_stream(batch.seed, batch.position)
+
+
+def edm_loss(student: Denoiser, batch: Batch, sigma: Tensor) -> Tensor:
+    """Denoising score matching, [B] fp32: lambda ||D(x + sigma z, sigma) - x||^2 per pixel, lambda = 1 / c_out^2
+    (Karras et al. 2022, equation 8 and Table 1)."""
+    c_skip, c_out, c_in, c_noise = student.coefficients(sigma)
+    clean = torch.zeros_like(sigma)
+    dtype = working_dtype(student.network)
+    noisy = kernels.perturb(batch.images, batch.seed, batch.position, sigma, clean, c_in_hi=c_in, flip=batch.flip, dtype=dtype)
+    set_dropout_stream(student.network, batch)
+    F_x = student.network(noisy.scaled_hi, c_noise, batch.labels)
+    weight = c_out.square().reciprocal()
+    return kernels.distance(noisy.x_hi, F_x, c_skip, c_out, noisy.x_lo, None, None, None, weight, kind="l2")
+
+
+def consistency_loss(
+    student: Denoiser,
+    target: Denoiser,
+    batch: Batch,
+    sigma_hi: Tensor,
+    sigma_lo: Tensor,
+    *,
+    weight: Tensor,
+    distance: str,
+    huber_c: float = 0.0,
+    teacher_step: TeacherStep | None = None,
+) -> Tensor:
+    """Consistency distillation and training, [B] fp32: lambda d(f(x_hi, sigma_hi), f-(x_lo, sigma_lo)).
+
+    Song et al. 2023, Algorithms 2 and 3.
+
+    student: f with gradient; target: f- without, its moving average or the student itself. sigma_hi > sigma_lo: [B] fp32.
+    teacher_step: the ODE solver's step with a diffusion teacher (distillation), or None (training from data alone).
+    """
+    hi, lo = student.coefficients(sigma_hi), target.coefficients(sigma_lo)
+    dtype = working_dtype(student.network)
+    noisy = kernels.perturb(
+        batch.images, batch.seed, batch.position, sigma_hi, sigma_lo, c_in_hi=hi.c_in, c_in_lo=lo.c_in, flip=batch.flip, dtype=dtype
+    )
+    with torch.no_grad():
+        x_lo, scaled_lo = noisy.x_lo, noisy.scaled_lo  # training: the same image and noise at the lower level
+        if teacher_step is not None:  # distillation: the teacher's solver leads from x_hi to the lower level
+            x_lo = teacher_step(noisy.x_hi, sigma_hi, sigma_lo, batch.labels)
+            scaled_lo = (expand(lo.c_in, x_lo) * x_lo).to(dtype)
+        set_dropout_stream(target.network, batch)
+        F_lo = target.network(scaled_lo, lo.c_noise, batch.labels)
+    set_dropout_stream(student.network, batch)
+    F_hi = student.network(noisy.scaled_hi, hi.c_noise, batch.labels)
+    return kernels.distance(noisy.x_hi, F_hi, hi.c_skip, hi.c_out, x_lo, F_lo, lo.c_skip, lo.c_out, weight, kind=distance, c=huber_c)

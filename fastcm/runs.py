@@ -1,0 +1,121 @@
+"""From what a user asks for (a preset, data, a method, overrides) to a run: the same for the command line and for Python."""
+
+import copy
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from fastcm import networks, presets
+from fastcm.api import load, load_denoiser
+from fastcm.consistency.denoiser import Denoiser
+from fastcm.errors import InputError
+from fastcm.generation.generator import Generator
+from fastcm.training.config import TrainConfig, override
+from fastcm.training.data import Dataset, open_dataset
+from fastcm.training.run import RunResult, check_network, run
+from fastcm.training.trainer import Callbacks
+from fastcm.weights.model_folder import network_config
+
+Source = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
+# Options of `train` that name a field of TrainConfig otherwise than the field.
+OPTION_FIELDS = {"lr": "optimizer.lr"}
+
+
+class Plan(NamedTuple):
+    """A run that is ready to start: everything opened and checked, nothing created."""
+
+    config: TrainConfig
+    dataset: Dataset
+    out: Path
+    network: nn.Module | None
+    teacher: tuple[Denoiser, dict] | None
+    init: tuple[Denoiser, dict] | None
+
+
+def plan(
+    preset: str | None = None, *, method: str | None = None, data: Source | None = None, teacher: str | None = None,
+    out: str | Path | None = None, network: nn.Module | None = None, changes: dict[str, Any] | None = None,
+) -> Plan:  # fmt: skip
+    """Resolves a run. changes: fields of TrainConfig, dotted for nested ones (`network.channels`), or the options' names (`lr`).
+
+    Raises InputError naming the option at fault.
+    """
+    changes = {OPTION_FIELDS.get(name, name): value for name, value in (changes or {}).items() if value is not None}
+    name = preset or ("folder" if data is not None else presets.DEFAULT)
+    if name not in presets.PRESETS:
+        presets.preset(name, method=method)  # raises, with a suggestion
+    if name == "folder" and data is None:
+        raise InputError("missing option for the preset folder: --data. Name a folder of pictures or an .npz file.")
+    resolution = changes.pop("resolution", None)
+    source = data if data is not None else name
+    if name != "folder" and resolution is None:
+        resolution = presets.preset(name, method=None).resolution
+    dataset = open_dataset(source, resolution=resolution, bad_images=changes.get("bad_images", "fail"))
+    label = str(source) if isinstance(source, (str, Path)) else dataset.name
+    arguments = {"dataset": dataset, "data": label} if name == "folder" else {}
+    config = presets.preset(name, method=method, teacher=teacher, **arguments)
+    config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network))
+    check_data(config, dataset, custom=network is not None)
+    if network is not None:
+        check_network(network)
+        config = replace(config, network=network_config(network))
+    opened = [None if source is None else load_denoiser(source) for source in (config.teacher, config.init)]
+    if config.teacher is not None and opened[0][0].preconditioning.form != "edm":
+        raise InputError(f"not a diffusion model in --teacher: {config.teacher}. Train one with --method edm.")
+    own_method = presets.preset(name, method=None, **arguments).method
+    default_out = Path("runs") / (name if config.method == own_method else f"{name}-{config.method}")
+    return Plan(config, dataset, Path(out) if out is not None else default_out, network, *opened)
+
+
+def network_fields(network: dict[str, Any]) -> tuple[str, ...]:
+    """The settings that the network's kind has."""
+    config_class, _ = networks.KINDS[network["kind"]]
+    return tuple(f.name for f in fields(config_class))
+
+
+def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
+    """Refuses data that the preset's network was not made for."""
+    if custom:
+        return
+    network = config.network
+    classes = len(dataset.class_names) if dataset.class_names else None
+    for what, have, want in (
+        ("resolution", dataset.resolution, network["resolution"]),
+        ("number of channels", dataset.channels, network["in_channels"]),
+        ("number of classes", classes, network["num_classes"]),
+    ):
+        if have != want:
+            raise InputError(
+                f"another {what} in --data: {config.data}: {have} (the preset {config.preset} has {want}). "
+                "Leave PRESET out to fit the network to the data."
+            )
+
+
+def start(ready: Plan, *, callbacks: Callbacks = ()) -> RunResult:
+    """Trains, or resumes what stands in the plan's folder."""
+    return run(
+        ready.config, ready.out, dataset=ready.dataset, network=ready.network, teacher=ready.teacher, init=ready.init, callbacks=callbacks
+    )
+
+
+def train(
+    preset: str | None = None, *, network: nn.Module | None = None, data: Source | None = None, method: str | None = None,
+    teacher: str | None = None, out: str | Path | None = None, callbacks: Callbacks = (), **overrides: Any,
+) -> Generator:  # fmt: skip
+    """Trains a model, or resumes the same call, and returns its generator.
+
+    preset: a name of fastcm.presets; digits where neither it nor data is given, folder where only data is. network: any nn.Module
+    F(x, c_noise, labels) with x fp32 [B, C, H, W], c_noise fp32 [B], labels int64 [B] or None, that returns the shape of x.
+    data: a folder, an .npz, "digits", an array uint8 [N, H, W, C], or (array, labels). callbacks: called as callback(progress, trainer)
+    at each log line. overrides: fields of TrainConfig (`duration_kimg=50`), nested ones as a dict `{"network.channels": 64}` in `settings`.
+    Raises InputError for what cannot be used, RunError where training fails; Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    """
+    changes = {**overrides.pop("settings", {}), **overrides}
+    ready = plan(preset, method=method, data=data, teacher=teacher, out=out, network=network, changes=changes)
+    result = start(ready, callbacks=callbacks)
+    if result.signal is not None:
+        raise KeyboardInterrupt
+    return load(result.model, network=None if network is None else copy.deepcopy(network))

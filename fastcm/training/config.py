@@ -1,0 +1,222 @@
+"""What a training run is: frozen settings that check themselves, and `name.field=value` overrides of them."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastcm.consistency.curriculum import CURRICULA, MU_SCHEDULES
+from fastcm.consistency.denoiser import Preconditioning
+from fastcm.consistency.objective import DISTANCES, LOSS_WEIGHTS
+from fastcm.consistency.solver import STEPS
+from fastcm.errors import InputError, nearest
+
+METHODS = ("edm", "cd", "ct", "ict")
+PAIRS = ("uniform", "log-normal")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OPTIMIZERS = ("radam", "adamw")
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"unknown value in {name}: {value}. Use one of {', '.join(choices)}.{nearest(str(value), choices)}")
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf, *, whole: bool = False, open_low: bool = False) -> None:
+    kind = int if whole else (int, float)
+    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value > high or (value <= low if open_low else value < low):
+        what = "a whole number" if whole else "a finite number"
+        bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+        upper = "" if high == math.inf else f" and at most {high:g}"
+        raise InputError(f"illegal value in {name}: {value}. Give {what} {bound}{upper}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss. Fields that a method does not read are None, so that none is silently ignored.
+
+    distance: l1, l2 (mean over the image) or pseudo_huber with huber_c = 0.00054 sqrt(C H W) where None (iCT, section 3.3).
+    pairs: how adjacent levels are drawn, "uniform" over the grid (CM) or "log-normal" (iCT, with P_mean and P_std).
+    curriculum, s0, s1: N(k). mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
+    """
+
+    distance: str = "l2"
+    huber_c: float | None = None
+    loss_weight: str = "uniform"
+    pairs: str = "uniform"
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    curriculum: str = "fixed"
+    s0: int = 18
+    s1: int = 18
+    mu_schedule: str = "fixed"
+    mu0: float = 0.0
+    solver: str = "heun"
+
+    def __post_init__(self):
+        for name, choices in (
+            ("distance", DISTANCES), ("loss_weight", LOSS_WEIGHTS), ("pairs", PAIRS),
+            ("curriculum", CURRICULA), ("mu_schedule", MU_SCHEDULES), ("solver", tuple(STEPS)),
+        ):  # fmt: skip
+            _choice(f"objective.{name}", getattr(self, name), choices)
+        if self.huber_c is not None:
+            _number("objective.huber_c", self.huber_c, 0)
+        _number("objective.P_mean", self.P_mean, -math.inf)
+        _number("objective.P_std", self.P_std, 0, open_low=True)
+        _number("objective.s0", self.s0, 2, whole=True)
+        _number("objective.s1", self.s1, self.s0, whole=True)
+        _number("objective.mu0", self.mu0, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """RAdam or AdamW over flat fp32 masters, and the averages of the weights.
+
+    lr: peak learning rate; lr_warmup_kimg: linear rise; lr_decay: "linear" to zero at the end of the run, or "none".
+    clip: the gradient's largest L2 norm, None for no limit. ema_halflife_kimg: evaluation averages, in thousands of images;
+    ema_rampup: an average's half-life is at most this share of the images seen (Karras et al. 2022, code), None for no limit.
+    """
+
+    kind: str = "radam"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = None
+    lr_warmup_kimg: float = 0.0
+    lr_decay: str = "none"
+    ema_halflife_kimg: tuple[float, ...] = (500.0,)
+    ema_rampup: float | None = 0.05
+
+    def __post_init__(self):
+        _choice("optimizer.kind", self.kind, OPTIMIZERS)
+        _choice("optimizer.lr_decay", self.lr_decay, ("none", "linear"))
+        _number("--lr", self.lr, 0, open_low=True)
+        for beta in self.betas:
+            _number("optimizer.betas", beta, 0, 1)
+        _number("optimizer.eps", self.eps, 0, open_low=True)
+        _number("optimizer.weight_decay", self.weight_decay, 0)
+        _number("optimizer.lr_warmup_kimg", self.lr_warmup_kimg, 0)
+        if self.clip is not None:
+            _number("optimizer.clip", self.clip, 0, open_low=True)
+        if self.ema_rampup is not None:
+            _number("optimizer.ema_rampup", self.ema_rampup, 0, open_low=True)
+        if not self.ema_halflife_kimg:
+            raise InputError("no average in optimizer.ema_halflife_kimg: []. Give at least one half-life.")
+        for halflife in self.ema_halflife_kimg:
+            _number("optimizer.ema_halflife_kimg", halflife, 0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. network: {"kind": "adm", **fields of its config}; noise: the preconditioning and its range of sigma."""
+
+    preset: str
+    method: str
+    data: str
+    network: dict[str, Any]
+    noise: Preconditioning = Preconditioning()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    duration_kimg: float = 500.0
+    batch: int = 128
+    seed: int = 0
+    resolution: int | None = None
+    flip: bool = False
+    teacher: str | None = None
+    init: str | None = None
+    precision: str = "auto"
+    device: str = "auto"
+    compile: str = "auto"
+    bad_images: str = "fail"
+    checkpoint_every_s: float = 30.0
+    evaluate_every_kimg: float | None = None
+    sample_every_kimg: float | None = None
+    sampling: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _choice("--method", self.method, METHODS)
+        _choice("--precision", self.precision, PRECISIONS)
+        _choice("--device", self.device, ("auto", "cpu", "cuda"))
+        _choice("--compile", self.compile, ("auto", "on", "off"))
+        _choice("--bad-images", self.bad_images, ("fail", "skip"))
+        _number("--duration", self.duration_kimg, 0, open_low=True)
+        _number("--batch", self.batch, 1, whole=True)
+        _number("--checkpoint-every", self.checkpoint_every_s, 0)
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"illegal value in --seed: {self.seed}. Give a whole number of 64 bits.")
+        for name in ("evaluate_every_kimg", "sample_every_kimg"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0, open_low=True)
+        if self.method == "cd" and self.teacher is None:
+            raise InputError("missing option for --method cd: --teacher. Name a diffusion model made by --method edm.")
+        if self.method != "cd" and self.teacher is not None:
+            raise InputError(
+                f"unused option with --method {self.method}: --teacher {self.teacher}. "
+                "Only cd reads a teacher; use --init to start from it."
+            )
+        if (self.method == "edm") != (self.noise.form == "edm"):
+            raise InputError(
+                f"form of another method in noise.form: {self.noise.form}. edm trains the edm form, every other method the boundary form."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` reads back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> "TrainConfig":
+        content = dict(content)
+        optimizer = {k: tuple(v) if isinstance(v, list) else v for k, v in content.pop("optimizer").items()}
+        return TrainConfig(
+            noise=Preconditioning(**content.pop("noise")),
+            objective=ObjectiveConfig(**content.pop("objective")),
+            optimizer=OptimizerConfig(**optimizer),
+            **content,
+        )
+
+
+def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tuple[str, ...]) -> TrainConfig:
+    """Returns config with `changes`, whose keys are field names, dotted for the nested ones (`network.channels`)."""
+    nested: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    sections = {"noise": Preconditioning, "objective": ObjectiveConfig, "optimizer": OptimizerConfig}
+    known = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*sections, "network")]
+    known += [f"{s}.{f.name}" for s, kind in sections.items() for f in dataclasses.fields(kind)] + [f"network.{f}" for f in network_fields]
+    for key, value in changes.items():
+        if key not in known:
+            raise InputError(f"unknown setting in --set: {key}.{nearest(key, known) or ' Run fastcm train --dry-run for the list.'}")
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else top)[name] = value
+    for section, fields in nested.items():
+        current = getattr(config, section)
+        top[section] = {**current, **fields} if section == "network" else dataclasses.replace(current, **_typed(sections[section], fields))
+    return dataclasses.replace(config, **top)
+
+
+def _typed(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Lists become tuples where the field's default is one."""
+    tuples = {f.name for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}
+    return {name: tuple(value) if name in tuples and isinstance(value, (list, tuple)) else value for name, value in fields.items()}
+
+
+def parse_value(text: str) -> Any:
+    """A value of `--set name=value`: a JSON number, list or word; anything else is the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"none": None, "True": True, "False": False}.get(text, text)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two settings differ, as `name: old -> new`."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines

@@ -1,0 +1,98 @@
+"""What a person watches while a run trains: the progress bar, log.jsonl, TensorBoard, sample grids, the measured quality."""
+
+import importlib.util
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from fastcm import evaluation
+from fastcm.errors import InputError
+from fastcm.generation import pictures
+from fastcm.generation.generator import Generator
+from fastcm.training.run_folder import RunFolder
+from fastcm.training.trainer import Progress, Trainer
+
+SAMPLE_SEEDS = range(40)
+PLAIN_LINE_EVERY_S = 30.0
+
+
+class Monitor:
+    """Reports one run. As a context it owns the bar and TensorBoard's writer."""
+
+    def __init__(self, folder: RunFolder, trainer: Trainer):
+        self.folder, self.trainer = folder, trainer
+        self.judge: Any = None
+
+    def __enter__(self) -> "Monitor":
+        trainer = self.trainer
+        self.bar = tqdm(
+            total=trainer.total_nimg, initial=trainer.nimg, unit="img", unit_scale=True, smoothing=0.1, disable=None, file=sys.stderr
+        )
+        self.writer = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=trainer.nimg)
+        self.last_line = time.monotonic()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def advance(self, nimg: int) -> None:
+        self.bar.update(min(nimg, self.bar.total) - self.bar.n)
+
+    def log(self, progress: Progress) -> None:
+        """One row of log.jsonl, the bar's figures, TensorBoard's scalars, and on a pipe a plain line now and then."""
+        row = {k: v for k, v in asdict(progress).items() if k != "total_nimg"}
+        self.folder.append_log(row)
+        self.bar.set_postfix(loss=f"{progress.loss:.4g}", N=progress.steps, refresh=False)
+        self._scalars({name: row[name] for name in ("loss", "grad_norm", "lr", "steps", "mu", "images_per_s")}, progress.nimg)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last_line >= PLAIN_LINE_EVERY_S or progress.nimg >= progress.total_nimg):
+            self.last_line = now
+            left = (progress.total_nimg - progress.nimg) / max(progress.images_per_s, 1e-9)
+            print(
+                f"{progress.nimg / 1000:.1f}/{progress.total_nimg / 1000:g} kimg  loss {progress.loss:.4g}  "
+                f"{progress.images_per_s:.0f} images/s  {max(left, 0):.0f} s left",
+                file=sys.stderr,
+            )
+
+    def _scalars(self, values: dict[str, float], nimg: int) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, nimg)
+
+    def sample(self, generator: Generator) -> None:
+        """A PNG grid of samples from fixed seeds: one step, or the teacher's Heun solver."""
+        sampler = "heun" if self.trainer.config.method == "edm" else "consistency"
+        images = generator(SAMPLE_SEEDS, sampler=sampler)
+        path = self.folder.path / "samples" / f"nimg-{self.trainer.nimg:09d}.png"
+        pictures.save_png(
+            path, pictures.grid(images, columns=10), text={"nimg": str(self.trainer.nimg), "seeds": f"0-{len(SAMPLE_SEEDS) - 1}"}
+        )
+
+    def finish(self, generator: Generator) -> None:
+        self.sample(generator)
+
+    def evaluate(self, generator: Generator) -> dict[str, float]:
+        """Accuracy and Frechet distance of the current average, judged as `fastcm evaluate` judges; "score" is what best/ minimises."""
+        dataset = self.trainer.dataset
+        if dataset.labels is None:
+            raise InputError(
+                "unlabelled data with --evaluate-every: the judge is a classifier of the data. Leave the option out, or give classes."
+            )
+        if self.judge is None:
+            self.judge = evaluation.TrainingJudge(dataset.images, dataset.labels)
+        sampler = "heun" if self.trainer.config.method == "edm" else "consistency"
+        figures = self.judge.figures(lambda seeds, labels: generator(seeds, labels, sampler=sampler))
+        row = {"nimg": self.trainer.nimg, **figures}
+        self.folder.append_log(row)
+        self._scalars(figures, self.trainer.nimg)
+        self.bar.write(f"{self.trainer.nimg / 1000:.1f} kimg  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr)
+        return figures

@@ -1,0 +1,89 @@
+"""RAdam and AdamW over flat fp32 masters, with the target network and the evaluation averages updated in the same pass."""
+
+import torch
+from torch import Tensor, nn
+
+from fastcm import kernels
+from fastcm.training.config import OptimizerConfig
+from fastcm.training.flat_buffers import FlatLayout, attach, is_attached
+
+
+class FlatOptimizer:
+    """Owns the weights of `student` (and of `target`, a module of the same structure) as views of flat buffers.
+
+    dtype: what the modules compute in. fp32 modules are views of the masters themselves; bf16 and fp16 modules are views of a
+    low-precision copy that each step refreshes. Averages are fp32 and belong to no module: `state_dict("ema", i)` names them.
+    """
+
+    def __init__(self, student: nn.Module, target: nn.Module | None, config: OptimizerConfig, *, dtype: torch.dtype = torch.float32):
+        self.config = config
+        self.student, self.target = student, target
+        first = next(student.parameters())
+        self.layout = FlatLayout(student, channels_last=first.is_cuda)
+        self.buffers: dict[str, Tensor] = {"weights": self.layout.gather(list(student.parameters()), like=first.detach().float())}
+        master = self.buffers["weights"]
+        if target is not None:
+            self.buffers["target"] = master.clone()
+        for index in range(len(config.ema_halflife_kimg)):
+            self.buffers[f"ema_{index}"] = master.clone()
+        self.buffers["exp_avg"], self.buffers["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        self.steps_taken = torch.zeros(1, dtype=torch.int64, device=master.device)  # updates applied; a skipped step does not count
+        low = dtype != torch.float32
+        self.low_precision = master.to(dtype) if low else None
+        self.target_low_precision = master.to(dtype) if low and target is not None else None
+        self.gradient = torch.zeros(self.layout.size, dtype=dtype, device=master.device)
+        self.views = self.layout.views(self.low_precision if low else master)
+        attach(student, self.views, self.layout.views(self.gradient))
+        if target is not None:
+            self.target_views = self.layout.views(self.target_low_precision if low else self.buffers["target"])
+            attach(target, self.target_views)
+
+    def zero_grad(self) -> None:
+        self.gradient.zero_()
+
+    def gradient_norm(self) -> Tensor:
+        """The gradient's L2 norm, [1] fp32; not finite where any element is not."""
+        return torch.linalg.vector_norm(self.gradient, dtype=torch.float32).reshape(1)
+
+    def step(self, *, lr: Tensor, mu: Tensor, ema_decays: Tensor, grad_norm: Tensor) -> None:
+        """One update, in place. lr, mu: fp32 [1]; ema_decays: fp32 [k]. A grad_norm that is not finite leaves every buffer as it was."""
+        config, buffers = self.config, self.buffers
+        kernels.optimizer_step(
+            config.kind, buffers["weights"], self.gradient, buffers["exp_avg"], buffers["exp_avg_sq"],
+            step=self.steps_taken, lr=lr, grad_norm=grad_norm, betas=config.betas, eps=config.eps,
+            weight_decay=config.weight_decay, clip=config.clip,
+            target=buffers.get("target"), mu=mu if self.target is not None else None,
+            averages=tuple(buffers[f"ema_{i}"] for i in range(len(config.ema_halflife_kimg))), decays=ema_decays,
+            low_precision=self.low_precision, target_low_precision=self.target_low_precision,
+        )  # fmt: skip
+
+    def check_views(self) -> None:
+        """Raises where a module's parameters are no longer views of the buffers, so that training would change nothing."""
+        for name, module in (("student", self.student), ("target", self.target)):
+            if module is not None and not is_attached(module, self.views if name == "student" else self.target_views):
+                raise ValueError(
+                    f"parameters of the {name} are not views of the optimizer's buffers. "
+                    "Do not call .to(), .half() or load weights into it while training."
+                )
+
+    def average(self, index: int) -> dict[str, Tensor]:
+        """The named weights of evaluation average `index`: fp32 contiguous clones."""
+        return self.layout.state_dict(self.buffers[f"ema_{index}"])
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Every buffer as named fp32 tensors, by role, and the count of updates applied."""
+        parts = {role: self.layout.state_dict(buffer) for role, buffer in self.buffers.items()}
+        return {**parts, "counters": {"steps_taken": self.steps_taken.clone()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Restores what `state_dict` returned; the low-precision copies are made anew from the masters."""
+        for role, buffer in self.buffers.items():
+            if role not in parts:
+                raise ValueError(f"state without the part {role}; it has {', '.join(sorted(parts))}.")
+            self.layout.load_state_dict(buffer, parts[role])
+        self.steps_taken.copy_(parts["counters"]["steps_taken"])
+        if self.low_precision is not None:
+            self.low_precision.copy_(self.buffers["weights"])
+        if self.target_low_precision is not None:
+            self.target_low_precision.copy_(self.buffers["target"])

@@ -1,0 +1,113 @@
+"""One training run on disk: its settings, its log, its lock. One trainer per folder."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from fastcm.errors import InputError
+from fastcm.training.config import differences
+from fastcm.weights.model_folder import read_json, write_json
+
+FORMAT, VERSION = "fastcm-run", 1
+CONFIG_NAME, LOG_NAME, LOCK_NAME = "config.json", "log.jsonl", ".lock"
+# What may change when a run is resumed: its length, and what leaves the weights as they are.
+MAY_CHANGE = ("duration_kimg", "checkpoint_every_s", "evaluate_every_kimg", "sample_every_kimg", "sampling")
+
+
+def is_run_folder(path: Path) -> bool:
+    config = path / CONFIG_NAME
+    return config.is_file() and read_json(config).get("format") == FORMAT
+
+
+class RunFolder:
+    """`config.json`, `log.jsonl`, `samples/`, `checkpoints/`, `model/`.
+
+    Opening it takes the folder's lock, and writes the settings or checks that they are the run's.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        """settings: the run's config and facts of its data. InputError where another run, other settings or other files stand there."""
+        self.path = path
+        self.notes: list[str] = []
+        existing = self._check_existing(settings)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held until the run ends
+        except OSError as error:
+            raise InputError(f"cannot write in --out: {path} ({error.strerror}). Choose a folder you may write to.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise InputError(f"another trainer is at work in --out: {path} ({holder}). Wait for it, or choose another --out.") from None
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        if existing != settings:
+            write_json(path / CONFIG_NAME, {"format": FORMAT, "version": VERSION, **settings})
+
+    def _check_existing(self, settings: dict) -> dict | None:
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise InputError(f"not a folder in --out: {self.path}. Choose another --out.")
+        if not (self.path / CONFIG_NAME).exists():
+            foreign = [p.name for p in self.path.iterdir() if p.name != LOCK_NAME]
+            if foreign:
+                raise InputError(f"folder of something else in --out: {self.path} (holds {foreign[0]}). Choose an empty or new folder.")
+            return None
+        old = read_json(self.path / CONFIG_NAME)
+        if old.pop("format", None) != FORMAT or old.pop("version", None) != VERSION:
+            raise InputError(f"not a run of this fastcm in --out: {self.path}. Choose another --out.")
+        self._compare(old, settings)
+        return old
+
+    def _compare(self, old: dict, new: dict) -> None:
+        fixed_old = {k: v for k, v in old.items() if k not in MAY_CHANGE}
+        fixed_new = {k: v for k, v in new.items() if k not in MAY_CHANGE}
+        changes = differences(fixed_old, fixed_new)
+        if changes:
+            raise InputError(
+                f"other settings than the run in --out: {self.path} ({'; '.join(changes)}). Use its settings, or another --out."
+            )
+        before, after = old["duration_kimg"], new["duration_kimg"]
+        if after < before:
+            raise InputError(f"shorter than the run in --out: --duration {after:g}kimg ({before:g} -> {after:g}). It may grow, not shrink.")
+        if after > before:
+            self.notes.append(f"duration {before:g} -> {after:g} kimg: learning rate, N and mu follow the new total from here on")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def append_log(self, row: dict) -> None:
+        with open(self.path / LOG_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_log(self) -> list[dict]:
+        """The rows of log.jsonl; a half-written last line is left out."""
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / LOG_NAME).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+        return rows
+
+    def cut_log(self, nimg: int) -> None:
+        """Drops the rows after `nimg`: they belong to steps that a resumed run takes again."""
+        rows = [row for row in self.read_log() if row.get("nimg", 0) <= nimg]
+        temporary = self.path / f".tmp-{LOG_NAME}"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self.path / LOG_NAME)
+
+    def close(self) -> None:
+        self._lock.close()

@@ -1,0 +1,58 @@
+"""What changes from step to step: learning rate, averages' decays, N(k), mu(k) and the levels of noise, all functions of nimg."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastcm.consistency import curriculum, noise_schedule
+from fastcm.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The host-side scalars of one step."""
+
+    lr: float
+    ema_decays: tuple[float, ...]
+    steps: int  # N, the number of noise levels
+    mu: float
+
+
+def step_values(config: TrainConfig, nimg: int) -> StepValues:
+    """The values for the step that begins after `nimg` images."""
+    total_nimg = round(config.duration_kimg * 1000)
+    progress = min(nimg / total_nimg, 1.0)
+    objective = config.objective
+    steps = curriculum.discretization_steps(objective.curriculum, progress, s0=objective.s0, s1=objective.s1)
+    mu = curriculum.target_decay(objective.mu_schedule, steps, s0=objective.s0, mu0=objective.mu0)
+    decays = tuple(ema_decay(config.optimizer, halflife, nimg=nimg, batch=config.batch) for halflife in config.optimizer.ema_halflife_kimg)
+    return StepValues(learning_rate(config.optimizer, nimg=nimg, total_nimg=total_nimg), decays, steps, mu)
+
+
+def learning_rate(optimizer: OptimizerConfig, *, nimg: int, total_nimg: int) -> float:
+    """Linear rise over lr_warmup_kimg, then constant or linear to zero at the end of the run."""
+    rise = 1.0 if optimizer.lr_warmup_kimg == 0 else min(nimg / (optimizer.lr_warmup_kimg * 1000), 1.0)
+    fall = max(1 - nimg / total_nimg, 0.0) if optimizer.lr_decay == "linear" else 1.0
+    return optimizer.lr * rise * fall
+
+
+def ema_decay(optimizer: OptimizerConfig, halflife_kimg: float, *, nimg: int, batch: int) -> float:
+    """0.5^(batch / half-life); the half-life is at most `ema_rampup` of the images seen, so that the first weights are forgotten."""
+    halflife_nimg = halflife_kimg * 1000
+    if optimizer.ema_rampup is not None:
+        halflife_nimg = min(halflife_nimg, max(nimg, 1) * optimizer.ema_rampup)
+    return 0.5 ** (batch / halflife_nimg)
+
+
+def sigma_pair(config: TrainConfig, u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Adjacent noise levels, each [B] fp32, from uniforms u [B]."""
+    noise, objective = config.noise, config.objective
+    grid = {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "rho": noise.rho}
+    if objective.pairs == "uniform":
+        return noise_schedule.uniform_pair(u, steps, **grid)
+    return noise_schedule.log_normal_pair(u, steps, **grid, P_mean=objective.P_mean, P_std=objective.P_std)
+
+
+def sigma_draw(objective: ObjectiveConfig, u: Tensor) -> Tensor:
+    """Noise levels [B] fp32 of diffusion training."""
+    return noise_schedule.log_normal(u, P_mean=objective.P_mean, P_std=objective.P_std)

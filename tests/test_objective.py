@@ -1,0 +1,141 @@
+"""The losses in the Gaussian world, where their values and minimisers are known, and a tiny distillation that must converge."""
+
+import pytest
+import torch
+from analytic import GainNetwork, consistency_gain, gaussian_consistency, gaussian_teacher
+
+from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.consistency.noise_schedule import karras_sigma, uniform_pair
+from fastcm.consistency.objective import Batch, consistency_loss, edm_loss, loss_weight
+from fastcm.consistency.solver import euler_step, heun_step
+from fastcm.errors import InputError
+
+NOISE = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+DATA_STD = 0.3
+
+
+def gaussian_batch(count, *, nimg=0, seed=3, channels=1, size=4):
+    images = DATA_STD * torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed + nimg))
+    return Batch(images, None, torch.tensor([seed]), nimg + torch.arange(count))
+
+
+def test_edm_loss_of_the_exact_denoiser_is_the_posterior_variance():
+    # E ||D - x||^2 = s^2 d^2 / (s^2 + d^2) per pixel for data of deviation d, times lambda = (s^2 + sigma_data^2) / (s sigma_data)^2.
+    teacher = gaussian_teacher("edm", data_std=DATA_STD)
+    for sigma in (0.05, 0.5, 5.0):
+        losses = edm_loss(teacher, gaussian_batch(4000), torch.full((4000,), sigma))
+        expected = sigma**2 * DATA_STD**2 / (sigma**2 + DATA_STD**2) * (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+        assert losses.shape == (4000,) and losses.dtype == torch.float32
+        assert losses.mean().item() == pytest.approx(expected, rel=0.03)
+
+
+def distillation_loss(student, step, steps, *, count=64):
+    """The mean l2 consistency loss at adjacent levels of a grid of `steps`, weighted by 1 / gap^2 so that a solver's order shows."""
+    teacher = gaussian_teacher("edm", data_std=DATA_STD)
+    index = torch.full((count,), 0.7 * (steps - 1), dtype=torch.float64)
+    hi, lo = (karras_sigma(i, steps, **NOISE).float() for i in (index, index + 1))
+
+    def teacher_step(*arguments):
+        return step(teacher, *arguments)
+
+    one = torch.ones(count)
+    batch = gaussian_batch(count)
+    return consistency_loss(student, student, batch, hi, lo, weight=one, distance="l2", teacher_step=teacher_step).mean().sqrt().item()
+
+
+def test_distillation_loss_of_the_exact_consistency_function_is_the_solvers_error():
+    exact = gaussian_consistency(data_std=DATA_STD)
+    for step, order in ((euler_step, 2), (heun_step, 3)):  # local errors are one order above the solver's
+        coarse, fine = (distillation_loss(exact, step, steps) for steps in (33, 65))
+        assert 2 ** (order - 0.6) < coarse / fine < 2 ** (order + 0.9), (step.__name__, coarse / fine)
+    # ... and far below the loss of a function that is not consistent.
+    other = gaussian_teacher("boundary", data_std=DATA_STD)
+    assert distillation_loss(exact, heun_step, 33) < 0.05 * distillation_loss(other, heun_step, 33)
+
+
+def test_training_pairs_share_image_and_noise():
+    # f(x, sigma) = x / sigma on both sides: the difference is image / sigma_hi - image / sigma_lo, without any noise.
+    class Ratio(Denoiser):
+        def coefficients(self, sigma):
+            c = super().coefficients(sigma)
+            return c._replace(c_skip=1 / sigma, c_out=torch.zeros_like(sigma))
+
+    student = Ratio(GainNetwork(Preconditioning()), Preconditioning())
+    batch = gaussian_batch(16)
+    hi, lo = torch.full((16,), 4.0), torch.full((16,), 2.0)
+    loss = consistency_loss(student, student, batch, hi, lo, weight=torch.ones(16), distance="l2")
+    torch.testing.assert_close(loss, (batch.images / 4 - batch.images / 2).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_reaches_the_student_alone():
+    p = Preconditioning()
+    student, target = Denoiser(GainNetwork(p), p), Denoiser(GainNetwork(p), p)
+    hi, lo = uniform_pair(torch.rand(8), 18, **NOISE)
+    loss = consistency_loss(student, target, gaussian_batch(8), hi, lo, weight=torch.ones(8), distance="pseudo_huber", huber_c=0.01)
+    loss.mean().backward()
+    assert all(q.grad is not None and q.grad.abs().sum() > 0 for q in student.parameters())
+    assert all(q.grad is None for q in target.parameters())
+
+
+def test_gradient_equals_finite_differences():
+    p = Preconditioning()
+    torch.manual_seed(1)
+    student = Denoiser(GainNetwork(p, width=4), p)
+    hi, lo = uniform_pair(torch.linspace(0.1, 0.9, 8), 18, **NOISE)
+    target = Denoiser(GainNetwork(p, width=4), p)
+
+    def value():
+        return consistency_loss(student, target, gaussian_batch(8), hi, lo, weight=torch.ones(8), distance="l2").double().mean()
+
+    parameter = student.network.layers[2].weight
+    (gradient,) = torch.autograd.grad(value(), parameter)
+    delta = 1e-2
+    with torch.no_grad():
+        parameter[1, 2] += delta
+        above = value()
+        parameter[1, 2] -= 2 * delta
+        below = value()
+    assert gradient[1, 2].item() == pytest.approx(((above - below) / (2 * delta)).item(), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cd", "ict"])
+def test_a_tiny_model_converges_to_the_exact_consistency_function(method):
+    torch.manual_seed(0)
+    p = Preconditioning()
+    student = Denoiser(GainNetwork(p), p)
+    teacher = gaussian_teacher("edm", data_std=DATA_STD)
+    optimizer = torch.optim.RAdam(student.parameters(), lr=1e-2)
+
+    def teacher_step(*arguments):
+        return heun_step(teacher, *arguments)
+
+    steps, count, generator = 18, 256, torch.Generator().manual_seed(0)
+    for k in range(800):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - k / 800)
+        u = torch.rand(count, generator=generator)
+        hi, lo = uniform_pair(u, steps, **NOISE)
+        batch = gaussian_batch(count, nimg=k * count)
+        distill = {"teacher_step": teacher_step} if method == "cd" else {}
+        weight = torch.ones(count)
+        loss = consistency_loss(student, student, batch, hi, lo, weight=weight, distance="l2", **distill).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sigma = torch.tensor([0.05, 0.5, 5.0, 80.0])
+    gain = student(torch.ones(4, 1, 1, 1), sigma).flatten()
+    # in units of the image: the gain's error times the noisy image's deviation, over the data's
+    error = (gain - consistency_gain(sigma, DATA_STD, 0.002)).abs() * (sigma**2 + DATA_STD**2).sqrt() / DATA_STD
+    assert error.max().item() < 0.25, error  # an untrained model is off by 0.98
+
+
+def test_loss_weights():
+    hi, lo = torch.tensor([0.5, 2.0]), torch.tensor([0.4, 1.0])
+    expected = {
+        "uniform": [1, 1], "snr": [4, 0.25], "snr+1": [5, 1.25], "karras": [8, 4.25], "truncated-snr": [4, 1], "1/gap": [10, 1],
+    }  # fmt: skip
+    for name, values in expected.items():
+        torch.testing.assert_close(loss_weight(name, hi, lo, sigma_data=0.5), torch.tensor(values, dtype=torch.float32))
+    with pytest.raises(InputError, match="Did you mean 'uniform'"):
+        loss_weight("unifrom", hi, lo, sigma_data=0.5)
