@@ -1,3 +1,5 @@
+"""The ADM U-Net: published key lists and shapes, options, dropout from the stream, forward mode, export."""
+
 import math
 from pathlib import Path
 
