@@ -1,0 +1,165 @@
+"""How an op is launched: kernel or reference, argument checks, device guard, block sizes by shape."""
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra import libdevice
+except ImportError:
+
+    class _Absent:
+        """Takes the place of triton where it is not installed, so that kernel files import; nothing of it is ever launched."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, fn=None, **options):
+            return fn if fn is not None else self
+
+    triton = tl = libdevice = _Absent()
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+# Kernels take `MATH: tl.constexpr`: the interpreter has no libdevice, so it takes the plain functions of triton.language.
+PLAIN_MATH, FAST_MATH = 0, 1
+MATH = PLAIN_MATH if INTERPRETED else FAST_MATH
+
+OPS = ("philox", "perturb", "precondition", "distance", "group_norm", "optimizer_step", "ema_update", "renoise", "to_uint8")
+# These beat Inductor by construction (random bits: 4 words per counter; optimizer: one pass), so they do not wait for a measurement.
+UNMEASURED_TRITON = frozenset(("philox", "perturb", "optimizer_step"))
+
+# op -> ((elements, kernel is not slower than the compiled reference), ...), written by `python -m fastcm.benchmarks.tables --auto`.
+# auto table: begin
+MEASURED: dict[str, tuple[tuple[int, bool], ...]] = {}
+# auto table: end
+
+_use = "auto"
+
+
+def use(implementation: str) -> None:
+    """Sets which implementation every op takes in this process: "auto", "triton" or "reference".
+
+    "auto": on the CPU the reference; on CUDA what the table of measurements says for the nearest size, and for sizes that were not
+    measured the reference, except for philox, perturb and optimizer_step. "triton": the kernel wherever it can run.
+    """
+    if implementation not in ("auto", "triton", "reference"):
+        raise ValueError(f'unknown implementation in kernels.use: {implementation!r}. Use "auto", "triton" or "reference".')
+    global _use
+    _use = implementation
+
+
+def chosen(op: str, x: Tensor, differentiated: Sequence[Tensor | None] = ()) -> str:
+    """Returns "triton" or "reference": what `op` runs for the tensor x.
+
+    differentiated: the inputs that the op's kernel has no backward for; the reference is taken where one of them needs a gradient.
+    """
+    if _use == "reference" or not HAS_TRITON:
+        return "reference"
+    # A registered op under forward mode gives a tangent of zero without an error (torch 2.13), so the reference is taken there.
+    if torch.compiler.is_exporting() or forward_ad._current_level >= 0:
+        return "reference"
+    if not x.is_cuda and not (INTERPRETED and _use == "triton"):
+        return "reference"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):
+        return "reference"
+    return "triton" if _use == "triton" or measured_choice(op, x.numel())[0] else "reference"
+
+
+def measured_choice(op: str, elements: int) -> tuple[bool, str]:
+    """Returns whether "auto" takes the kernel for an input of this many elements on CUDA, and why."""
+    near = [row for row in MEASURED.get(op, ()) if row[0] <= 4 * elements and elements <= 4 * row[0]]
+    if not near:
+        return op in UNMEASURED_TRITON, "not measured at this size"
+    nearest = min(near, key=lambda row: max(row[0], elements) / max(1, min(row[0], elements)))
+    return nearest[1], f"measured at {nearest[0]} elements"
+
+
+def report() -> list[tuple[str, str, str]]:
+    """Returns (op, "triton" or "reference", why) for every op, as this process would run it on this machine's default device."""
+    rows = []
+    for op in OPS:
+        if not HAS_TRITON:
+            row = (op, "reference", "triton is not installed")
+        elif _use == "reference":
+            row = (op, "reference", 'kernels.use("reference")')
+        elif not torch.cuda.is_available() and not INTERPRETED:
+            row = (op, "reference", "no CUDA device")
+        elif _use == "triton":
+            row = (op, "triton", 'kernels.use("triton")')
+        elif INTERPRETED and not torch.cuda.is_available():
+            row = (op, "reference", 'the interpreter runs kernels after kernels.use("triton")')
+        elif op in MEASURED:
+            wins = sum(kernel for _, kernel in MEASURED[op])
+            row = (op, "triton" if wins else "reference", f"not slower at {wins} of {len(MEASURED[op])} measured sizes")
+        else:
+            row = (op, "triton" if op in UNMEASURED_TRITON else "reference", "not measured")
+        rows.append(row)
+    return rows
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    shape: Sequence[int | None] | None = None,
+    like: Tensor | None = None,
+    contiguous: bool = False,
+) -> None:
+    """Raises ValueError naming op and argument unless `tensor` has one of the dtypes, the shape (None: any) and the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"wrong type in {op}({name}): {type(tensor).__name__}. Give a tensor of {_names(dtypes)}.")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"wrong dtype in {op}({name}): {_names([tensor.dtype])}. Use {_names(dtypes)}.")
+    if shape is not None and (tensor.ndim != len(shape) or any(n is not None and m != n for m, n in zip(tensor.shape, shape, strict=True))):
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"wrong shape in {op}({name}): {list(tensor.shape)}. Use [{expected}].")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"wrong device in {op}({name}): {tensor.device}. Move it to {like.device}, where the other arguments are.")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"non-contiguous tensor in {op}({name}): strides {list(tensor.stride())}. Call .contiguous() on it.")
+
+
+def check_per_sample(
+    op: str, name: str, tensor: Tensor, batch: int, *, dtypes: Sequence[torch.dtype] = (torch.float32,), like: Tensor | None = None
+) -> None:
+    """Raises ValueError unless `tensor` is [batch] or [1], of one of the dtypes, on the device of `like`."""
+    check_tensor(op, name, tensor, dtypes=dtypes, like=like)
+    if tensor.ndim != 1 or (tensor.shape[0] != 1 and tensor.shape[0] != batch):
+        raise ValueError(f"wrong shape in {op}({name}): {list(tensor.shape)}. Use [{batch}] or [1].")
+
+
+def check_layout(op: str, name: str, x: Tensor) -> None:
+    """Raises ValueError unless x [B, C, H, W] is contiguous or channels-last: the two layouts that kernels read in place."""
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"unsupported layout in {op}({name}): strides {list(x.stride())}. Call .contiguous() on it.")
+
+
+def device_guard(x: Tensor):
+    """Makes the device of x the current one around a launch; Triton launches on the current device, not on that of its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def block_of(elements: int, largest: int) -> int:
+    """Returns the power of two that covers `elements`, at most `largest` (itself a power of two) and at least 16."""
+    return min(largest, max(16, 1 << (max(1, elements) - 1).bit_length()))
+
+
+def warps_of(block: int, per_thread: int) -> int:
+    """Returns how many warps give each thread `per_thread` of `block` elements: a power of two from 1 to 32."""
+    return max(1, min(32, 1 << int(math.log2(max(1, block // (32 * per_thread))))))
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

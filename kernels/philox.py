@@ -1,0 +1,128 @@
+"""The one noise stream: Philox4x32-10 words, uniforms and normals, a function of (seed, position, stream, element) alone.
+
+Key = the 64-bit seed (low word, high word). Counter = (i, position low, position high, stream) (Salmon et al. 2011, Parallel random
+numbers: as easy as 1, 2, 3). A sample of n elements in NCHW order takes the counters i in [0, Q), Q = ceil(n / 4); lane l of counter i is
+element l Q + i, whatever the memory format of the tensor. The words w0 .. w3 of a counter give, by Box-Muller,
+  u = ((w0 >> 9) + 0.5) 2^-23, theta = 2 pi (w1 >> 8) 2^-24, z0 = sqrt(-2 ln u) cos(theta), z1 = the same with sin; z2, z3 from w2, w3.
+These numbers are public: ONNX graphs and other languages reproduce them. Writes 4 bytes per element, reads nothing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from fastcm.kernels import launch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+# Temporaries of this many int64 counters stay in a second-level cache; larger ones are page-faulted anew at every operation.
+_CPU_COUNTERS = 8192
+
+
+def philox_words(seed: Tensor, position: Tensor, counters: Tensor, *, stream: int) -> Tensor:
+    """Returns the words [B, n, 4] int64, each in [0, 2^32), of the counters [n] int64 for every (seed, position).
+
+    seed, position: int64 [B] or [1]; negative values are two's complement. ValueError for other dtypes and shapes.
+    """
+    _check("philox_words", seed, position, stream)
+    launch.check_tensor("philox_words", "counters", counters, dtypes=(torch.int64,), shape=(None,), like=seed)
+    words = _rounds(seed[:, None], position[:, None], counters[None], stream)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1) & _MASK
+
+
+def normal(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int) -> Tensor:
+    """Returns standard normals [B, *shape] fp32 in the quarter layout of the stream.
+
+    seed, position: int64 [B] or [1] on the device of the work. A sample depends on its own seed and position only, never on its batch.
+    """
+    _check("normal", seed, position, stream)
+    return normal_reference(seed, position, shape, stream)
+
+
+def uniform_field(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int) -> Tensor:
+    """Returns uniforms in (0, 1) [B, *shape] fp32: element l Q + i is u of word l of counter i (dropout masks)."""
+    _check("uniform_field", seed, position, stream)
+    return uniform_field_reference(seed, position, shape, stream)
+
+
+def uniform(seed: Tensor, position: Tensor, *, stream: int) -> Tensor:
+    """Returns one uniform in (0, 1) per sample [B] fp32: u of word 0 of counter 0 (sigma, flip and label-drop draws)."""
+    _check("uniform", seed, position, stream)
+    zero = torch.zeros(1, dtype=torch.int64, device=seed.device)
+    return _uniforms(_rounds(seed, position, zero, stream)[0])
+
+
+def normal_reference(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    """The definition of `normal` in torch: int64 words, fp32 Box-Muller."""
+    return _field(seed, position, shape, stream, _normals)
+
+
+def uniform_field_reference(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    """The definition of `uniform_field` in torch."""
+    return _field(seed, position, shape, stream, _lane_uniforms)
+
+
+def _rounds(seed: Tensor, position: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten Philox rounds on int64 tensors that broadcast. Words 0 and 2 are returned masked to 32 bits, words 1 and 3 with high garbage."""
+    rounds = torch.arange(10, dtype=torch.int64, device=seed.device)
+    keys_0 = (((seed & _MASK)[..., None] + rounds * _KEY_A) & _MASK).unbind(-1)
+    keys_1 = ((((seed >> 32) & _MASK)[..., None] + rounds * _KEY_B) & _MASK).unbind(-1)
+    c0, c1, c2, c3 = counter, position & _MASK, (position >> 32) & _MASK, torch.full_like(counter, stream)
+    for k0, k1 in zip(keys_0, keys_1, strict=True):
+        # 32 x 32 -> 64 bit products overflow int64 into the sign; every bit is right, and the mask after the shift drops the sign's copies.
+        p0, p2 = c0 * _ROUND_A, c2 * _ROUND_B
+        c0 = ((p2 >> 32) ^ (c1 ^ k0)) & _MASK
+        c2 = ((p0 >> 32) ^ (c3 ^ k1)) & _MASK
+        c1, c3 = p2, p0
+    return c0, c1, c2, c3
+
+
+def _uniforms(word: Tensor) -> Tensor:
+    return ((word >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+
+
+def _lane_uniforms(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """[B, q] words -> [B, 4, q] uniforms."""
+    return _uniforms(torch.stack((w0, w1, w2, w3), dim=1))
+
+
+def _normals(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """[B, q] words -> [B, 4, q] normals."""
+    u = _uniforms(torch.stack((w0, w2), dim=1))
+    # The 24-bit angle taken as signed: theta - 2 pi in its upper half, where fp32 is finer.
+    theta = ((torch.stack((w1, w3), dim=1) << 32) >> 40).float().mul_(math.tau * 2.0**-24)
+    # 1 - u is exact, so the series keeps the relative precision that a fast logarithm loses near 1. Both branches are positive.
+    v = 1.0 - u
+    minus_log = torch.where(u > 1.0 - 2.0**-6, v * (1.0 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4)))), -u.log())
+    radius = minus_log.mul_(2.0).sqrt_()
+    return torch.stack((radius * theta.cos(), radius * theta.sin()), dim=2).flatten(1, 2)
+
+
+def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, transform: Callable[..., Tensor]) -> Tensor:
+    elements = math.prod(shape)
+    quarter = (elements + 3) // 4
+    batch = max(seed.shape[0], position.shape[0])
+    counters = torch.arange(quarter, dtype=torch.int64, device=seed.device)
+    seed, position = seed[:, None].expand(batch, 1), position[:, None].expand(batch, 1)
+    if seed.is_cpu and not torch.compiler.is_compiling() and batch * quarter > _CPU_COUNTERS:
+        field = torch.empty(batch, 4, quarter)
+        samples = max(1, _CPU_COUNTERS // quarter)
+        for b in range(0, batch, samples):
+            rows = slice(b, b + samples)
+            for i in range(0, quarter, _CPU_COUNTERS):
+                part = slice(i, i + _CPU_COUNTERS)
+                field[rows, :, part] = transform(*_rounds(seed[rows], position[rows], counters[part][None], stream))
+    else:
+        field = transform(*_rounds(seed, position, counters[None], stream))
+    return field.view(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
+
+
+def _check(op: str, seed: Tensor, position: Tensor, stream: int) -> None:
+    launch.check_tensor(op, "seed", seed, dtypes=(torch.int64,), shape=(None,))
+    launch.check_tensor(op, "position", position, dtypes=(torch.int64,), shape=(None,), like=seed)
+    if seed.shape[0] != 1 and position.shape[0] != 1 and seed.shape[0] != position.shape[0]:
+        raise ValueError(f"wrong shape in {op}(position): {list(position.shape)}. Use [{seed.shape[0]}] like seed, or [1].")
+    if not 0 <= stream <= _MASK:
+        raise ValueError(f"illegal value in {op}(stream): {stream}. Use 0 to 2^32 - 1.")
