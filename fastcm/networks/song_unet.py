@@ -52,6 +52,7 @@ class SongUNetConfig:
         require_choice(self, "embedding", ("positional", "fourier"))
         require_choice(self, "encoder", ("standard", "skip", "residual"))
         require_choice(self, "decoder", ("standard", "skip"))
+        require(self.fourier_scale > 0, "fourier_scale", self.fourier_scale, "Give a positive number.")
         require(self.channels % 4 == 0, "channels", self.channels, "Give a multiple of 4.")
         taps = self.resample_filter
         even = len(taps) >= 2 and len(taps) % 2 == 0 and all(isinstance(tap, (int, float)) for tap in taps) and sum(taps) != 0
@@ -114,11 +115,19 @@ class NoiseEmbedding(nn.Module):
         self.channels = channels
         self.register_buffer("freqs", None if fourier_scale is None else torch.randn(channels // 2) * fourier_scale)
 
+    def _apply(self, fn, recurse=True):
+        # Frequencies reach 300 radians per unit: .to(torch.bfloat16) of the network must move them, not round them.
+        exact = self.freqs
+        super()._apply(fn, recurse)
+        if exact is not None and self.freqs.dtype != exact.dtype:
+            self.freqs = exact.to(self.freqs.device)
+        return self
+
     def forward(self, c_noise):
         if self.freqs is None:
             angles = noise_angles(c_noise, self.channels, endpoint=True)
         else:
-            angles = c_noise.to(torch.float32)[:, None] * (2 * math.pi * self.freqs.to(torch.float32))
+            angles = c_noise.to(torch.float32)[:, None] * (2 * math.pi * self.freqs)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
