@@ -41,7 +41,7 @@ def symmetric_root(matrix: np.ndarray) -> np.ndarray:
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """KID (Binkowski et al. 2018): the unbiased squared MMD with the kernel (x.y / D + 1)^3; zero in expectation for equal distributions."""
+    """KID (Binkowski et al. 2018): the unbiased squared MMD of the kernel (x.y / D + 1)^3; its expectation is 0 for equal distributions."""
     require(a, "features", least=2)
     require(b, "features", least=2)
 
@@ -70,7 +70,8 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray, *, leave_one_
     leave_one_out: queries and references are the same set, and an image is no neighbour of itself (an equal second copy is).
     """
     if queries.shape[1:] != references.shape[1:] or queries.dtype != np.uint8 or references.dtype != np.uint8:
-        raise InputError(f"images for neighbours: {queries.dtype} {queries.shape} and {references.dtype} {references.shape}. Give uint8 of one shape.")
+        given = f"{queries.dtype} {queries.shape} and {references.dtype} {references.shape}"
+        raise InputError(f"images of different kinds for neighbours: {given}. Give uint8 of one shape.")
     if not len(queries) or len(references) <= leave_one_out:
         raise InputError(f"too few images for neighbours: {len(queries)} and {len(references)}. Give more.")
     flat, pixels = references.reshape(len(references), -1).astype(np.float64), queries[0].size
@@ -118,6 +119,7 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def require(features: np.ndarray, name: str, *, least: int) -> None:
     """Refuses what no metric can use: too few rows, or values that are not finite."""
     if features.ndim != 2 or len(features) < least:
-        raise InputError(f"too few samples in {name}: {list(features.shape)}. At least {least} rows are needed; give more seeds or more data.")
+        raise InputError(f"too few samples in {name}: {list(features.shape)}. At least {least} are needed; give more seeds or more data.")
     if not np.isfinite(features).all():
-        raise InputError(f"non-finite values in {name}: {int((~np.isfinite(features)).sum())} of {features.size}. Check the weights of the model.")
+        count = int((~np.isfinite(features)).sum())
+        raise InputError(f"non-finite values in {name}: {count} of {features.size}. Check the network that made them.")
