@@ -8,7 +8,7 @@ import torch
 
 from fastcm.errors import InputError
 from fastcm.networks import UNet, UNetConfig, build
-from fastcm.networks.blocks import norm_groups, sinusoidal_embedding
+from fastcm.networks.blocks import GroupNorm, norm_groups, sinusoidal_embedding
 
 IMAGENET64 = {"num_classes": 1000}
 LSUN256 = {"resolution": 256, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2, "scale_shift_norm": False}
@@ -187,12 +187,17 @@ def test_exports_with_a_symbolic_batch():
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"),
-    [(8, 2), (12, 3), (32, 8), (48, 12), (96, 24), (128, 32), (192, 32), (576, 32), (1344, 32), (3, 1), (1, 1), (62, 2)],
+    ("widths", "groups"),
+    [((8,), 2), ((32, 64), 8), ((24, 48), 6), ((12, 18), 3), ((192, 384, 576, 768), 32), ((256, 512, 1024), 32), ((3,), 1), ((62,), 2)],
 )
-def test_norm_groups(channels, groups):
-    assert norm_groups(channels) == groups and channels % groups == 0
-    assert norm_groups(channels, 1) == 1
+def test_norm_groups(widths, groups):
+    assert norm_groups(*widths) == groups
+
+
+def test_every_norm_of_a_network_has_the_same_groups():
+    for options, groups in (({}, 2), ({"norm_groups": 8}, 8), ({"channels": 32, "channel_mult": (1, 3)}, 8)):
+        network = make(**options)
+        assert {module.groups for module in network.modules() if isinstance(module, GroupNorm)} == {groups}
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,13 @@ from fastcm import kernels
 from fastcm.networks.dropout import Dropout
 
 
-def norm_groups(channels: int, fixed: int | None = None) -> int:
-    """Groups of a GroupNorm over `channels`: `fixed` where given, else the largest divisor of `channels` up to min(32, channels // 4).
+def norm_groups(*widths: int) -> int:
+    """Groups of the GroupNorms over layers of these widths: their largest common divisor up to min(32, narrowest // 4).
 
     From 128 channels on this is ADM's 32 for every published width; narrow networks keep at least four channels to a group.
     """
-    if fixed is not None:
-        return fixed
-    limit = max(1, min(32, channels // 4))
-    return next(groups for groups in range(limit, 0, -1) if channels % groups == 0)
+    limit = max(1, min(32, min(widths) // 4))
+    return next(groups for groups in range(limit, 0, -1) if math.gcd(*widths) % groups == 0)
 
 
 def forward_mode_active() -> bool:
@@ -36,7 +34,7 @@ class GroupNorm(nn.Module):
 
     def __init__(self, channels: int, *, groups: int | None = None, eps: float = 1e-5, silu: bool = True):
         super().__init__()
-        self.groups = norm_groups(channels, groups)
+        self.groups = norm_groups(channels) if groups is None else groups
         self.eps = eps
         self.silu = silu
         self.weight = nn.Parameter(torch.ones(channels))

@@ -1,7 +1,6 @@
 """Checks that the network configurations share: each failure is one line that names the field."""
 
 from fastcm.errors import InputError, nearest
-from fastcm.networks.blocks import norm_groups
 
 
 def require(condition: bool, field: str, value, remedy: str) -> None:
@@ -44,8 +43,3 @@ def require_levels(config) -> None:
     reachable = [config.resolution >> shift for shift in range(config.resolution.bit_length())]
     for pixels in config.attention_resolutions:
         require(pixels in reachable, "attention_resolutions", pixels, f"Choose among {', '.join(map(str, reachable[:count]))} pixels.")
-
-
-def require_groups(config, width: int) -> None:
-    groups = norm_groups(width, config.norm_groups)
-    require(width % groups == 0, "norm_groups", groups, f"It must divide a layer's {width} channels.")

@@ -15,12 +15,13 @@ from fastcm.networks.blocks import (
     ResBlock,
     Upsample,
     downsample,
+    norm_groups,
     runner,
     sinusoidal_embedding,
     upsample,
     zero_init,
 )
-from fastcm.networks.checks import require, require_counts, require_dropout, require_groups, require_levels
+from fastcm.networks.checks import require, require_counts, require_dropout, require_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class UNetConfig:
     scale_shift_norm: bool = True  # False: the embedding is added before the second norm
     resblock_updown: bool = True  # False: plain resampling layers between the levels
     conv_resample: bool = True  # those layers with a convolution; no effect with resblock_updown
-    norm_groups: int | None = None  # None: the rule of blocks.norm_groups; openai and diffusers files: 32
+    norm_groups: int | None = None  # the same in every layer; None: blocks.norm_groups of the widths
     checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
@@ -53,7 +54,7 @@ class UNetConfig:
         require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
         require_levels(self)
         for level, width in enumerate(self.widths):
-            require_groups(self, width)
+            require(width % self.groups == 0, "norm_groups", self.groups, f"It must divide a layer's {width} channels.")
             if level == len(self.widths) - 1 or self.resolution >> level in self.attention_resolutions:
                 name = "num_heads" if self.num_heads else "head_channels"
                 require(
@@ -64,6 +65,11 @@ class UNetConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, from full resolution down."""
         return tuple(int(self.channels * mult) for mult in self.channel_mult)
+
+    @property
+    def groups(self) -> int:
+        """Groups of every GroupNorm."""
+        return self.norm_groups or norm_groups(*self.widths)
 
     def heads(self, width: int) -> int:
         """Attention heads of a layer with `width` channels."""
@@ -100,7 +106,7 @@ class UNet(nn.Module):
         self.middle_block = Stage(self._block(width, width), self._attention(width), self._block(width, width))
         width = self._build_up(width, skips)
         self.out = nn.Sequential(
-            GroupNorm(width, groups=config.norm_groups), nn.Identity(), zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
+            GroupNorm(width, groups=config.groups), nn.Identity(), zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
         )
         dropout.number_layers(self)
 
@@ -113,11 +119,11 @@ class UNet(nn.Module):
             dropout=config.dropout,
             scale_shift_norm=config.scale_shift_norm,
             resample=resample,
-            groups=config.norm_groups,
+            groups=config.groups,
         )
 
     def _attention(self, width: int) -> Attention:
-        return Attention(width, heads=self.config.heads(width), groups=self.config.norm_groups)
+        return Attention(width, heads=self.config.heads(width), groups=self.config.groups)
 
     def _build_down(self) -> list[int]:
         """Fills input_blocks and returns the widths of their outputs, which the way up takes back."""
