@@ -1,0 +1,169 @@
+"""OpenAI's consistency_models checkpoints: a `.pt` file that holds the state dict of an ADM U-Net, and nothing else."""
+
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastcm import networks
+from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.errors import InputError
+from fastcm.weights.foreign_file import check_file, refuse, refuse_keys
+from fastcm.weights.model_folder import fill
+
+EXPECTED = "an OpenAI checkpoint (.pt)"
+NORM_GROUPS = 32  # fixed in OpenAI's network
+# Image size by channel multipliers: the defaults of OpenAI's model options. No weight depends on the size.
+IMAGE_SIZES = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256, (0.5, 1, 1, 2, 2, 4, 4): 512}
+# Second noise level of the published two-step samplers, by how the files are named (launch.sh of the repository).
+TWO_STEP_SIGMAS = {
+    "cd_imagenet64": 1.382, "ct_imagenet64": 1.913, "cd_bedroom256_lpips": 4.366, "cd_bedroom256_l2": 3.520, "ct_bedroom256": 3.991,
+    "ct_cat256": 5.249,
+}  # fmt: skip
+
+
+def read_openai(
+    path: str | Path, *, image_size: int | None = None, head_channels: int = 64, form: str | None = None
+) -> tuple[nn.Module, Preconditioning, dict]:
+    """Returns (network with fp32 weights on the CPU, preconditioning, info) of a `.pt` state dict, which is read without running code.
+
+    The architecture follows from keys and shapes. image_size: needed for channel multipliers outside IMAGE_SIZES. head_channels: no key
+    shows it; every published model has 64. form: "edm" or "boundary"; by default "edm" for files named edm_*, "boundary" for all others.
+    Raises InputError naming file and reason.
+    """
+    path = Path(path)
+    check_file(path, expected=EXPECTED)
+    state = _load(path)
+    try:
+        config = infer_config(state, path, image_size=image_size, head_channels=head_channels)
+    except (KeyError, IndexError) as error:
+        refuse(path, expected="an ADM U-Net", reason=f"its keys do not form one ({error})")
+    with torch.device("meta"):
+        network = networks.UNet(config)
+    fill(network, {name: value.float() for name, value in state.items()}, path)
+    preconditioning = Preconditioning(form=form or ("edm" if path.name.startswith("edm_") else "boundary"), c_noise="250 ln sigma")
+    classes = [str(index) for index in range(config.num_classes)] if config.num_classes else None
+    info = {"resolution": config.resolution, "channels": config.in_channels, "classes": classes, "source": f"OpenAI checkpoint {path.name}"}
+    two_step = next((sigma for name, sigma in TWO_STEP_SIGMAS.items() if path.name.startswith(name)), None)
+    if two_step is not None:
+        info["sampling"] = {"2": [preconditioning.sigma_max, two_step]}
+    return network.eval().requires_grad_(False), preconditioning, info
+
+
+def write_openai(path: str | Path, denoiser: Denoiser, info: dict) -> None:
+    """Writes the network's state dict, fp32, as OpenAI's code loads it. Raises InputError for a network that is not theirs."""
+    network = denoiser.network
+    if getattr(network, "kind", None) != "adm":
+        kind = getattr(network, "kind", type(network).__name__)
+        raise InputError(f"no OpenAI form in network.kind: {kind}. Only adm networks have one; convert --to fastcm instead.")
+    if network.config.groups != NORM_GROUPS:
+        groups = network.config.groups
+        raise InputError(
+            f"no OpenAI form in network.norm_groups: {groups}. OpenAI's network has {NORM_GROUPS}; convert --to diffusers instead."
+        )
+    if denoiser.preconditioning.c_noise != "250 ln sigma":
+        raise InputError(f"no OpenAI form in noise.c_noise: {denoiser.preconditioning.c_noise}. OpenAI's code uses 250 ln sigma.")
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    torch.save({name: value.detach().float().cpu().contiguous().clone() for name, value in network.state_dict().items()}, temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on odd pickle protocols; what matters is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|function) [`']?([\w.]+)", str(error))
+        reason = f"it holds {found[1]}, which is not a tensor, and was not run" if found else "a pickle of something else than tensors"
+        refuse(path, expected=EXPECTED, reason=reason)
+    except (EOFError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError) as error:
+        line = (str(error).strip() or "end of file").splitlines()[0]
+        refuse(path, expected=EXPECTED, reason=f"damaged or cut short ({line})")
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        keys = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
+        refuse(path, expected=EXPECTED, reason=f"it holds {keys or 'nothing'} instead of named tensors")
+    return state
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def infer_config(state: dict[str, Tensor], path: Path, *, image_size: int | None = None, head_channels: int = 64) -> networks.UNetConfig:
+    """The options of the ADM network whose state dict this is, from keys and shapes. `path` names the file in errors."""
+    needed = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "output_blocks.0.0.in_layers.2.weight")
+    if not all(name in state for name in needed):
+        known = re.compile(r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.")
+        keys = [name for name in state if not known.match(name)] or list(state)
+        refuse_keys(path, expected="an ADM U-Net", keys=keys, remedy="Only OpenAI's consistency_models networks are read from .pt files.")
+    channels = state["time_embed.0.weight"].shape[1]
+    levels = _levels(state)
+    mult = tuple(_plain(state[f"{prefix}.0.out_layers.3.weight"].shape[0] / channels) for prefix, _ in levels)
+    size = image_size or IMAGE_SIZES.get(mult)
+    if size is None:
+        raise InputError(f"unknown image size in {path}: channel multipliers {', '.join(map(str, mult))}. Give --image-size N.")
+    up = _first_up(state)
+    resblock_updown = len(levels) == 1 or (up is not None and f"{up}.in_layers.0.weight" in state)
+    conv_resample = resblock_updown or any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in state)
+    block = "input_blocks.1.0"
+    return networks.UNetConfig(
+        resolution=size,
+        in_channels=state["input_blocks.0.0.weight"].shape[1],
+        out_channels=state["out.2.weight"].shape[0],
+        channels=channels,
+        channel_mult=mult,
+        blocks=_blocks(state),
+        attention_resolutions=tuple(size >> level for level, (_, attends) in enumerate(levels) if attends),
+        head_channels=head_channels,
+        num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+        scale_shift_norm=state[f"{block}.emb_layers.1.weight"].shape[0] == 2 * state[f"{block}.out_layers.3.weight"].shape[0],
+        resblock_updown=resblock_updown,
+        conv_resample=conv_resample,
+        norm_groups=NORM_GROUPS,
+    )
+
+
+def _plain(mult: float) -> float:
+    return int(mult) if mult == int(mult) else mult
+
+
+def _count(state: dict[str, Tensor], part: str) -> int:
+    """How many blocks `part` has, those without weights included."""
+    return 1 + max(int(found[1]) for name in state if (found := re.match(rf"{part}\.(\d+)\.", name)))
+
+
+def _first_up(state: dict[str, Tensor]) -> str | None:
+    """The layer that ends the lowest level on the way up: the first, by order, that is neither the block's residual layer nor attention."""
+    for index in range(_count(state, "output_blocks")):
+        for place in (1, 2):
+            prefix = f"output_blocks.{index}.{place}"
+            if f"{prefix}.in_layers.0.weight" in state or f"{prefix}.conv.weight" in state:
+                return prefix
+    return None
+
+
+def _blocks(state: dict[str, Tensor]) -> int:
+    """Residual blocks per level on the way down."""
+    up = _first_up(state)
+    if up is not None:
+        return int(up.split(".")[1])
+    total = _count(state, "input_blocks")
+    # Resampling without weights leaves a gap in the numbers; one level only leaves none.
+    gap = next((index for index in range(1, total) if f"input_blocks.{index}.0.in_layers.0.weight" not in state), total)
+    return gap - 1
+
+
+def _levels(state: dict[str, Tensor]) -> list[tuple[str, bool]]:
+    """(prefix of its last input block, whether that attends) for each level, from full resolution down."""
+    step = _blocks(state) + 1
+    prefixes = [f"input_blocks.{index}" for index in range(step - 1, _count(state, "input_blocks"), step)]
+    return [(prefix, f"{prefix}.1.norm.weight" in state) for prefix in prefixes]
