@@ -98,10 +98,10 @@ def ordered(count: int, *, number: int) -> np.ndarray:
 
 
 def halves(labels: np.ndarray, *, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits range(N), in the order of permutation `number`, in two halves with equal shares of each class; int64, ascending."""
+    """Splits range(N), in the order of permutation `number`, in two halves with equal shares of each class: int64, by class."""
     order = ordered(len(labels), number=number)
     order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
-    return np.sort(order[0::2]), np.sort(order[1::2])
+    return order[0::2], order[1::2]
 
 
 def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Judge:
@@ -117,7 +117,7 @@ def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Jud
     if classes < 2 or len(images) < 4 * classes or labels.min() < 0:
         what = f"too little data for the judge: {len(images)} images, {classes} classes"
         raise InputError(f"{what}. It is a classifier: give labels of two classes or more, four images of each on average.")
-    fit, reference = halves(labels, number=0)
+    fit, reference = (np.sort(half) for half in halves(labels, number=0))
     generator = torch.Generator().manual_seed(seed)
     inputs = to_input(images[fit])
     network = initialised(JudgeNetwork, images.shape[1], inputs.shape[-1], classes, generator=generator)

@@ -74,17 +74,31 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray, *, leave_one_
         raise InputError(f"images of different kinds for neighbours: {given}. Give uint8 of one shape.")
     if not len(queries) or len(references) <= leave_one_out:
         raise InputError(f"too few images for neighbours: {len(queries)} and {len(references)}. Give more.")
-    flat, pixels = references.reshape(len(references), -1).astype(np.float64), queries[0].size
+    pixels = queries[0].size
     distance, index = np.empty(len(queries)), np.empty(len(queries), np.int64)
     for start in range(0, len(queries), BLOCK):
-        # Sums of products of bytes are exact in float64: equal images are at distance 0.
-        squared = squared_distances(queries[start : start + BLOCK].reshape(-1, pixels).astype(np.float64), flat)
-        if leave_one_out:
-            rows = np.arange(len(squared))
-            squared[rows, start + rows] = np.inf
-        index[start : start + len(squared)] = squared.argmin(axis=1)
-        distance[start : start + len(squared)] = np.sqrt(squared.min(axis=1) / pixels)
+        rows = slice(start, start + BLOCK)
+        squared, index[rows] = _nearest(queries[rows], references, own=start if leave_one_out else None)
+        distance[rows] = np.sqrt(squared / pixels)
     return distance, index
+
+
+def _nearest(queries: np.ndarray, references: np.ndarray, *, own: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance and index of the nearest reference of a block of queries; query i is reference own + i where own is given."""
+    flat = queries.reshape(len(queries), -1).astype(np.float64)
+    best, index = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
+    for start in range(0, len(references), BLOCK):
+        # Sums of products of bytes are exact in float64: equal images are at distance 0.
+        block = references[start : start + BLOCK].reshape(-1, flat.shape[1]).astype(np.float64)
+        squared = squared_distances(flat, block)
+        if own is not None:
+            rows = np.arange(max(0, start - own), min(len(queries), start + len(block) - own))
+            squared[rows, own + rows - start] = np.inf
+        nearest = squared.argmin(axis=1)
+        value = squared[np.arange(len(queries)), nearest]
+        index = np.where(value < best, start + nearest, index)
+        best = np.minimum(value, best)
+    return best, index
 
 
 def copy_check(generated: np.ndarray, train_images: np.ndarray, held_out_images: np.ndarray | None = None) -> dict:
@@ -105,7 +119,7 @@ def copy_check(generated: np.ndarray, train_images: np.ndarray, held_out_images:
         "real_p1": threshold,
         "closer_share": float(np.mean(distance < threshold)),
         "identical": int(np.sum(distance == 0)),
-        "real": "training images, leave-one-out" if alone else "held-out images",
+        "real_images": "training images, leave-one-out" if alone else "held-out images",
         "train_count": len(train_images),
         "real_count": len(real),
     }
