@@ -97,9 +97,8 @@ def print_plan(ready) -> None:
     config, dataset = ready.config, ready.dataset
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ", no classes"
     print(f"data     {config.data}: {len(dataset):,} pictures, {dataset.channels}x{dataset.resolution}x{dataset.resolution}{classes}")
-    print(
-        f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {config.optimizer.kind} {config.optimizer.lr:g}"
-    )
+    optimizer = f"{config.optimizer.kind} {config.optimizer.lr:g}"
+    print(f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {optimizer}")
     network = {name: value for name, value in config.network.items() if name not in ("in_channels", "out_channels")}
     print(f"network  {' '.join(f'{name}={value}' for name, value in network.items())}")
     print(f"out      {ready.out}", flush=True)
