@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-# Before torch is imported, and inherited by child processes: workers that share the cores must not each take all of them.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported, and inherited by child processes: workers that share the cores must not each take all of them.
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 
 settings.register_profile("fastcm", deadline=None, derandomize=True, max_examples=50)

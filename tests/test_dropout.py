@@ -1,3 +1,5 @@
+"""Dropout from the noise stream: rate, masks by seed, position and layer, shared by student and target."""
+
 import pytest
 import torch
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -265,6 +266,13 @@ def test_kernel_file_anatomy(path):
     assert first_lines == sorted(first_lines), f"{relative(path)}: {dict(zip(parts, first_lines, strict=True))} are not in this order"
     assert PUBLIC_NAMES.get(path.stem, path.stem) in {node.name for node in functions}
     assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), f"tests/test_{path.stem}.py is missing"
+
+
+def test_no_test_reaches_the_network():
+    with socket.socket() as outwards, pytest.raises(PermissionError, match="reached for the network"):
+        outwards.connect(("192.0.2.1", 80))
+    with pytest.raises(PermissionError, match="asked for the address of example.org"):
+        socket.getaddrinfo("example.org", 80)
 
 
 @pytest.mark.slow

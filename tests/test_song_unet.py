@@ -1,3 +1,5 @@
+"""SongUNet: published sizes and values, options, resampling filters, precision, forward mode, compilation and export."""
+
 import pytest
 import torch
 from wave_weights import wave_images, wave_state

@@ -1,3 +1,5 @@
+"""OpenAI checkpoints: read, written and refused; the architecture from keys and shapes."""
+
 import os
 import pickle
 
