@@ -29,8 +29,8 @@ GRID = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 class CountingNoise(GivenNoise):
     """Given noise that records which steps were asked for."""
 
-    def __init__(self, noise):
-        super().__init__(noise)
+    def __init__(self, fields):
+        super().__init__(fields)
         self.asked = []
 
     def normal(self, step):
@@ -40,7 +40,7 @@ class CountingNoise(GivenNoise):
 
 def given(steps, batch=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return CountingNoise(torch.randn(batch, steps, *SHAPE, generator=generator))
+    return CountingNoise(torch.randn(steps, batch, *SHAPE, generator=generator))
 
 
 @pytest.mark.parametrize("form", ["boundary", "edm"])
@@ -60,10 +60,10 @@ def test_multistep_follows_algorithm_1():
     denoiser, noise = gaussian_consistency(data_std=0.3), given(3)
     sigmas = (80.0, 2.0, 0.5)
     image = multistep([freeze(denoiser, s) for s in sigmas], noise, sigma_min=0.002)
-    x = 80 * noise.noise[:, 0]
+    x = 80 * noise.fields[0]
     for step, sigma in enumerate(sigmas):
         if step:
-            x = D.clamp(-1, 1) + math.sqrt(sigma**2 - 0.002**2) * noise.noise[:, step]  # noqa: F821
+            x = D.clamp(-1, 1) + math.sqrt(sigma**2 - 0.002**2) * noise.fields[step]  # noqa: F821
         D = denoiser(x, torch.full((4,), sigma))
     torch.testing.assert_close(image, D.clamp(-1, 1), rtol=1e-5, atol=1e-6)
     assert noise.asked == [0, 1, 2]
@@ -79,8 +79,8 @@ def test_clipping_bounds_what_is_renoised_and_what_is_returned():
 def test_seed_noise_and_given_noise_are_the_same_sampler():
     levels = [freeze(gaussian_consistency(data_std=0.4), s) for s in (80.0, 3.0, 0.7)]
     seeds = SeedNoise(SEEDS, SHAPE)
-    fields = torch.stack([seeds.normal(step) for step in range(3)], dim=1)
-    assert len({field.sum().item() for field in fields.flatten(0, 1)}) == 12  # every step and seed has its own noise
+    fields = [seeds.normal(step) for step in range(3)]
+    assert len({image.sum().item() for field in fields for image in field}) == 12  # every step and seed has its own noise
     a, b = multistep(levels, seeds, sigma_min=0.002), multistep(levels, GivenNoise(fields), sigma_min=0.002)
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -114,15 +114,35 @@ def test_solvers_reach_the_exact_sample(sampler, bound):
     assert (image - exact).abs().max() < bound
 
 
-@pytest.mark.parametrize("sampler", [heun, dpm])
-def test_churn_draws_its_own_noise_and_keeps_the_distribution(sampler):
-    denoiser, noise = gaussian_teacher("edm", data_std=0.3), given(31, batch=256)
-    image = sampler(denoiser, noise, teacher_grid(30, **GRID), clip=False, churn=20.0, churn_range=(0.05, 50.0))
-    churned_steps = [step for step in noise.asked if step > 0]
-    assert len(churned_steps) > 5 and len(set(churned_steps)) == len(churned_steps)
-    assert image.std().item() == pytest.approx(0.3, rel=0.05)
-    calm = sampler(denoiser, given(31, batch=256), teacher_grid(30, **GRID), clip=False)
-    assert not torch.allclose(image, calm, atol=0.05)
+def test_churn_follows_algorithm_2():
+    """Euler in heun's place would not do: the replay below is Heun's two slopes, in float64, from the closed-form denoiser."""
+    denoiser, noise, churn, churn_range = gaussian_teacher("edm", data_std=0.3), given(31, batch=64), 20.0, (0.05, 50.0)
+    grid = teacher_grid(30, **GRID)
+    image = heun(denoiser, noise, grid, clip=False, churn=churn, churn_range=churn_range, churn_noise=1.01)
+    x, churned_steps = grid[0] * noise.fields[0].double(), []
+
+    def slope(x, sigma):
+        return (x - 0.09 / (sigma**2 + 0.09) * x) / sigma
+
+    for step, (sigma, lo) in enumerate(zip(grid, grid[1:], strict=False)):
+        hi = sigma
+        if churn_range[0] <= sigma <= churn_range[1]:
+            hi = sigma * (1 + min(churn / 29, math.sqrt(2) - 1))
+            x = x + 1.01 * math.sqrt(hi**2 - sigma**2) * noise.fields[step + 1].double()
+            churned_steps.append(step + 1)
+        d = slope(x, hi)
+        x_euler = x + (lo - hi) * d
+        x = x_euler if lo == 0 else x + (lo - hi) * (d + slope(x_euler, lo)) / 2
+    torch.testing.assert_close(image, x.float(), rtol=1e-4, atol=1e-4)
+    assert len(churned_steps) > 5 and noise.asked == [0, *churned_steps]
+    assert image.std().item() == pytest.approx(0.3, rel=0.15)
+
+
+def test_churn_moves_dpm_samples():
+    grid, denoiser = teacher_grid(30, **GRID), gaussian_teacher("edm", data_std=0.3)
+    churned, calm = (dpm(denoiser, given(31, batch=64), grid, clip=False, churn=churn) for churn in (20.0, 0.0))
+    assert (churned - calm).abs().mean() > 0.05
+    assert churned.std().item() == pytest.approx(0.3, rel=0.15)
 
 
 def test_ancestral_keeps_the_distribution():
@@ -131,11 +151,11 @@ def test_ancestral_keeps_the_distribution():
     image = ancestral(denoiser, noise, grid, clip=False)
     assert image.std().item() == pytest.approx(0.3, rel=0.15)  # its Euler steps are first order
     assert noise.asked == list(range(60))  # the last step, to 0, adds none
-    x = grid[0] * noise.noise[:, 0].double()
+    x = grid[0] * noise.fields[0].double()
     for step, (hi, lo) in enumerate(zip(grid, grid[1:], strict=False)):
         up = math.sqrt(lo**2 * (hi**2 - lo**2) / hi**2)
         x = x + (math.sqrt(lo**2 - up**2) - hi) * (x - 0.09 / (hi**2 + 0.09) * x) / hi
-        x = x + up * noise.noise[:, min(step + 1, 60)].double()
+        x = x + up * noise.fields[min(step + 1, 60)].double()
     torch.testing.assert_close(image, x.float(), rtol=1e-4, atol=1e-4)
 
 

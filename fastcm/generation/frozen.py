@@ -13,14 +13,14 @@ EMBEDDING_LAYERS = ("emb_layers.1", "affine")
 
 
 class ClassTable(nn.Module):
-    """What an embedding layer gives for each class, [classes + 1, C]; the last row, which is also -1, is for no class."""
+    """What an embedding layer gives for each class, [classes + 1, C]; the last row is for no class."""
 
     def __init__(self, table: Tensor):
         super().__init__()
         self.register_buffer("table", table)
 
     def forward(self, rows: Tensor | None) -> Tensor:
-        return self.table if rows is None else self.table[rows]
+        return self.table if rows is None else self.table.index_select(0, rows)
 
 
 class FrozenLevel(nn.Module):
@@ -37,9 +37,9 @@ class FrozenLevel(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        F_x = self.network((expand(self.c_in, x) * x).to(working_dtype(self.network)), self.c_noise.expand(len(x)), labels)
+        F_x = self.network((expand(self.c_in, x) * x).to(working_dtype(self.network)), self.c_noise.expand(x.shape[0]), labels)
         if x.is_cuda:
-            return kernels.precondition(x, F_x, self.c_skip.expand(len(x)), self.c_out.expand(len(x)))
+            return kernels.precondition(x, F_x, self.c_skip.expand(x.shape[0]), self.c_out.expand(x.shape[0]))
         return kernels.precondition(x, F_x, self.c_skip, self.c_out)
 
 

@@ -38,18 +38,18 @@ class SeedNoise:
 
     def renoise(self, D_x: Tensor, sigma: float, *, step: int, sigma_min: float, clip: bool) -> Tensor:
         """D_x, clipped, lifted back to noise level sigma."""
-        sigmas = torch.full((len(D_x),), sigma, device=D_x.device)
+        sigmas = torch.full((D_x.shape[0],), sigma, device=D_x.device)
         return kernels.renoise(D_x, self.seeds, self.position, sigmas, step=step, sigma_min=sigma_min, clip=clip)
 
 
 class GivenNoise:
-    """Noise handed over as a tensor: unit normal fp32 [B, K, C, H, W], one field per step (what an exported graph takes)."""
+    """Noise handed over: a unit normal field per step, each fp32 [B, C, H, W] (what an exported graph takes)."""
 
-    def __init__(self, noise: Tensor):
-        self.noise = noise
+    def __init__(self, fields: Sequence[Tensor]):
+        self.fields = fields
 
     def normal(self, step: int) -> Tensor:
-        return self.noise[:, step]
+        return self.fields[step]
 
     def renoise(self, D_x: Tensor, sigma: float, *, step: int, sigma_min: float, clip: bool) -> Tensor:
         # Consistency Models, Algorithm 1: x ~ N(D, sigma^2 - sigma_min^2).
@@ -89,7 +89,7 @@ def _clipped(denoise: Denoise, clip: bool) -> Denoise:
 
 
 def _batch(sigma: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
+    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
 def churned(

@@ -1,0 +1,41 @@
+"""ONNX forms of three operators, shorter than torch's own: fixed shapes are written down, only the batch stays open."""
+
+from collections.abc import Callable
+
+import torch
+
+# Up to here GroupNorm is written as InstanceNormalization over groups; opset 21 has an operator of its own.
+LAST_WITHOUT_GROUP_NORM = 20
+
+
+def translations(opset: int) -> dict[object, Callable]:
+    """The custom_translation_table of torch.onnx.export for graphs of `opset`."""
+    from onnxscript import opset18 as op
+
+    def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+        channels, *pixels = (int(size) for size in x.shape[1:])
+        one, zero = (op.Constant(value_floats=[value] * num_groups) for value in (1.0, 0.0))
+        groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
+        # In a Reshape, 0 copies a dimension: the batch keeps its name.
+        norm = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Constant(value_ints=[0, channels, *pixels]))
+        per_channel = op.Constant(value_ints=[1, channels, *[1] * len(pixels)])
+        return op.Add(op.Mul(norm, op.Reshape(weight, per_channel)), op.Reshape(bias, per_channel))
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        if attn_mask is not None or is_causal or enable_gqa:
+            raise NotImplementedError("attention with a mask or grouped heads")
+        scale = int(query.shape[-1]) ** -0.5 if scale is None else scale
+        last = len(query.shape) - 1
+        transposed = op.Transpose(key, perm=[*range(last - 1), last, last - 1])
+        # The query is scaled before the product, so that half precision does not overflow.
+        weights = op.Softmax(op.MatMul(op.Mul(query, op.CastLike(op.Constant(value_float=scale), query)), transposed), axis=-1)
+        return op.MatMul(weights, value)
+
+    def unbind(x, dim=0):
+        return tuple(op.Gather(x, op.Constant(value_int=index), axis=dim) for index in range(int(x.shape[dim])))
+
+    aten = torch.ops.aten
+    table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
+    if opset <= LAST_WITHOUT_GROUP_NORM:
+        table[aten.group_norm.default] = group_norm
+    return table
