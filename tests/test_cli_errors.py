@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -158,3 +159,11 @@ def test_a_closed_pipe_is_quiet():
     err = process.stderr.read()
     process.stderr.close()
     assert (process.wait(30), err) == (141, b"")
+
+
+def test_bench_hands_its_options_on(monkeypatch, capsys):
+    received = []
+    benchmark = types.SimpleNamespace(main=lambda argv: received.append(argv) or 7)
+    monkeypatch.setitem(sys.modules, "fastcm.benchmarks.bench_train", benchmark)
+    assert run(capsys, "bench", "train", "--quick", "--json", "out.json", "--debug")[0] == 7
+    assert received == [["--quick", "--json", "out.json"]]
