@@ -3,7 +3,9 @@
 Half B of the data is what the judge never saw. Over fixed splits of B into B1 and B2, the real figure compares B1 with B2, and the figure
 of a set of samples compares G with B2, where G has as many images as B1 and, if labels are known, as many of each class. A perfect
 generator has the real figure in expectation, whatever the count. "fd" splits B at random, "fd_balanced" into equal shares of each class,
-which takes the chance of the class counts out of both sides.
+which takes the chance of the class counts out of both sides. Samples without labels bring class counts of their own: less varied ones
+than a random half if they come from a class-balanced file, which flatters "fd"; more varied ones than a balanced half, which "fd_balanced"
+counts against them.
 """
 
 import hashlib
@@ -54,7 +56,9 @@ def evaluate(
     judge: from `train_judge(images, labels)`; trained here where absent. held_out: rows that the generator was not trained on.
     Raises InputError for unknown metrics, other shapes, missing labels, too few samples.
     """
-    check(sets, images, labels, metrics)
+    check_metrics(metrics, labels)
+    for samples in sets:
+        check_shape(samples.name, samples.images.shape[1:], images)
     rows = [{"name": s.name, "count": len(s.images), "nfe": s.nfe} for s in sets]
     real: dict = {"name": "real"}
     protocol: dict = {"data_count": len(images), "data_sha256": digest(images, labels)}
@@ -76,22 +80,25 @@ def evaluate(
     return {"protocol": protocol, "real": real, "sets": rows}
 
 
-def check(sets: Sequence[Samples], images: np.ndarray, labels: np.ndarray | None, metrics: Sequence[str]) -> None:
-    """Refuses what cannot be evaluated, before any work."""
+def check_metrics(metrics: Sequence[str], labels: np.ndarray | None) -> None:
+    """Refuses unknown metrics, and those that the data have no labels for."""
     for metric in metrics:
         if metric not in METRICS:
             raise InputError(f"unknown metric in --metrics: {metric}. Choose from {', '.join(METRICS)}.{nearest(metric, METRICS)}")
-    if not sets or not metrics:
-        raise InputError(f"nothing to evaluate: {len(sets)} sets of samples, {len(metrics)} metrics. Give at least one of each.")
-    for samples in sets:
-        if samples.images.shape[1:] != images.shape[1:]:
-            shapes = f"{list(samples.images.shape[1:])} for {list(images.shape[1:])} (channels, height, width)"
-            raise InputError(f"images of another shape than --data in {samples.name}: {shapes}. Give data of their size and channels.")
+    if not metrics:
+        raise InputError(f"no metric in --metrics: []. Choose from {', '.join(METRICS)}.")
     if labels is None and set(metrics) != {"neighbours"}:
         raise InputError(
             f"unlabelled data with --metrics {','.join(metrics)}: the features are those of a classifier of the data. "
             "Give one sub-folder per class or an .npz with arr_1, or pass --metrics neighbours."
         )
+
+
+def check_shape(name: str, shape: Sequence[int], images: np.ndarray) -> None:
+    """Refuses samples of another (C, H, W) than the data's."""
+    if tuple(shape) != images.shape[1:]:
+        shapes = f"{list(shape)} for {list(images.shape[1:])} (channels, height, width)"
+        raise InputError(f"images of another shape than --data in {name}: {shapes}. Give data of their size and channels.")
 
 
 def measure(samples: Samples, row: dict, *, judge: Judge, reference: Features, metrics: Sequence[str]) -> None:
@@ -169,7 +176,7 @@ def describe(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict:
         "reference": "the images that the judge was not trained on",
         "reference_count": len(judge.reference),
         "reference_sha256": digest(images[judge.reference], np.asarray(labels)[judge.reference]),
-        "splits": SPLITS,
+        "halvings": SPLITS,
     }
 
 

@@ -52,8 +52,9 @@ def protocol_lines(report: dict) -> list[str]:
     compared = [first[name] for name in ("fd", "kid", "precision", "recall") if name in first]
     if compared:
         lines += [
-            f"halves     {p['splits']} fixed halvings of the reference, mean ± standard deviation; one half is compared with the other,",
-            f"           samples with that other half in equal counts ({compared[0]['n']}), per class where they have labels",
+            f"halves     {p['halvings']} fixed halvings of the reference, mean ± standard deviation; one half is compared with the other,",
+            f"           samples with that other half in equal counts ({compared[0]['n']}), per class where they have labels;",
+            "           balanced halves hold equal shares of each class, random ones do not",
         ]
     if "neighbours_real" in p:
         lines += [
