@@ -4,11 +4,10 @@ import argparse
 import re
 from pathlib import Path
 
+from fastcm.cli.sample import seed_list, sigma_list
 from fastcm.errors import InputError, nearest
 
 FIRST_SEED, DEFAULT_COUNT = 100_000, 2000  # seeds that no default of training or sampling uses
-CHUNK = 500
-SEEDS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 CALLS = {
     "consistency": lambda n: n,
     "euler": lambda n: n,
@@ -37,30 +36,11 @@ def add(subparsers) -> None:
     parser.add_argument("--json", metavar="OUT", type=Path, help="write every figure and the protocol to this file")
 
 
-def seed_list(text: str) -> list[int]:
-    """Seeds of `100000-101796`, `7` or `0-9,20-29`."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = SEEDS.fullmatch(part.strip())
-        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-            raise InputError(f"invalid seeds in --seeds: {text}. Write them as 100000-101796 or 1,2,3.")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return seeds
-
-
 def step_list(text: str) -> list[int]:
     """Numbers of steps of `1,2`."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise InputError(f"invalid number of steps in --steps: {text}. Write one or more as 1,2.")
     return [int(part) for part in text.split(",")]
-
-
-def sigma_list(text: str) -> list[float]:
-    """Noise levels of `80,0.8`."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"invalid noise levels in --sigmas: {text}. Write them as 80,0.8.") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,12 +114,12 @@ def draw_samples(args: argparse.Namespace, metrics: list[str]):
     protocol.check_metrics(metrics, dataset.labels)
     protocol.check_shape(args.model, (generator.channels, generator.resolution, generator.resolution), dataset.images)
     sampler = args.sampler or default_sampler(generator.info)
-    sets = []
-    for name, nfe, options in plans(args, generator, sampler):
-        images = draw(generator, seeds, labels, {**options, "sampler": sampler} if sampler != "consistency" else options, name)
-        sets.append(Samples(name, images, labels, nfe))
-    facts, held_out = describe(args, generator, dataset, seeds, sampler)
-    return dataset, sets, facts, held_out
+    # Every request is checked before the first one is drawn.
+    asked = requests(args, generator, sampler)
+    batches = [generator.batches(seeds, labels, **options) for _, _, options in asked]
+    sets = [Samples(name, drawn(parts, len(seeds), name), labels, nfe) for (name, nfe, _), parts in zip(asked, batches, strict=True)]
+    facts, held_out = describe(generator, dataset, seeds, sampler, [options for _, _, options in asked])
+    return dataset, sets, {"model": args.model, **facts}, held_out
 
 
 def default_sampler(info: dict) -> str:
@@ -149,53 +129,53 @@ def default_sampler(info: dict) -> str:
     return "heun" if method == "edm" or (method is None and form == "edm") else "consistency"
 
 
-def plans(args: argparse.Namespace, generator, sampler: str) -> list[tuple[str, int, dict]]:
+def requests(args: argparse.Namespace, generator, sampler: str) -> list[tuple[str, int, dict]]:
     """(name, network calls per image, options of the generator) of each set of samples."""
     from fastcm.generation.sampler import SAMPLERS, TEACHER_STEPS
 
     if sampler not in SAMPLERS:
         raise InputError(f"unknown value in --sampler: {sampler}. Use one of {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}")
     if args.sigmas is not None:
-        return [(f"sigmas {','.join(f'{sigma:g}' for sigma in args.sigmas)}", len(args.sigmas), {"sigmas": tuple(args.sigmas)})]
-    fixed = getattr(generator, "steps", None)  # of an exported graph
-    steps = args.steps or ([1, 2] if sampler == "consistency" else [TEACHER_STEPS])
+        name = f"sigmas {','.join(f'{sigma:g}' for sigma in args.sigmas)}"
+        return [(name, len(args.sigmas), {"sigmas": tuple(args.sigmas), "sampler": sampler})]
+    fixed = getattr(generator, "graph_sigmas", None)
     if fixed is not None and args.steps is None:
-        steps = [fixed]
+        steps = [len(fixed)]
+    else:
+        steps = args.steps or ([1, 2] if sampler == "consistency" else [TEACHER_STEPS])
     prefix = "" if sampler == "consistency" else f"{sampler}, "
-    return [(f"{prefix}{n} step{'s' if n > 1 else ''}", CALLS[sampler](n), {"steps": n}) for n in steps]
+    return [(f"{prefix}{n} step{'s' if n > 1 else ''}", CALLS[sampler](n), {"steps": n, "sampler": sampler}) for n in steps]
 
 
-def draw(generator, seeds, labels, options: dict, name: str):
-    """Images uint8 [N, C, H, W] of the seeds, with a progress bar on a terminal."""
+def drawn(batches, total: int, name: str):
+    """The images of a generator's batches, uint8 [N, C, H, W], with a progress bar on a terminal."""
     import numpy as np
     from tqdm import tqdm
 
     parts = []
-    with tqdm(total=len(seeds), desc=name, unit="img", disable=None) as bar:
-        for start in range(0, len(seeds), CHUNK):
-            rows = slice(start, start + CHUNK)
-            parts.append(generator(seeds[rows], None if labels is None else labels[rows], **options))
-            bar.update(len(parts[-1]))
+    with tqdm(total=total, desc=name, unit="img", disable=None, leave=False) as bar:
+        for _, _, images in batches:
+            parts.append(images)
+            bar.update(len(images))
     return np.ascontiguousarray(np.concatenate(parts).transpose(0, 3, 1, 2))
 
 
-def describe(args: argparse.Namespace, generator, dataset, seeds, sampler: str):
+def describe(generator, dataset, seeds, sampler: str, asked: list[dict]):
     """(facts for the protocol, rows of the data set that were held out from training, or None)."""
     import numpy as np
 
     training = generator.info.get("training")
     training = training if isinstance(training, dict) else {}
     first, last = int(seeds.min()), int(seeds.max())
-    shown = f"{first}-{last}" if np.array_equal(seeds, np.arange(first, last + 1)) else f"{len(seeds)} seeds from {first} to {last}"
-    labels = f"label = seed mod {len(generator.classes)}" if generator.classes else "without labels"
+    shown = f"{first}-{last}" if np.array_equal(seeds, np.arange(first, last + 1)) else f"{len(seeds)} from {first} to {last}"
+    labels = f"label = seed mod {len(generator.classes)}" if generator.classes else "no labels"
+    how, facts = sampler, {"sampler": sampler, "seeds": shown, "precision": generator.precision, "provider": generator.provider}
+    if sampler == "consistency":
+        facts["sigmas"] = [generator.sigmas(o.get("steps"), o.get("sigmas")) for o in asked]
+        how = "from noise level " + ", ".join(" -> ".join(f"{sigma:g}" for sigma in sigmas) for sigmas in facts["sigmas"])
     known = training.get("dataset")
-    relation = "" if known is None else "; trained on these images" if known == dataset.fingerprint else "; trained on other images"
-    facts = {
-        "samples": f"seeds {shown}, {labels}, sampler {sampler}, {generator.provider}, {generator.precision}{relation}",
-        "model": str(args.model),
-        "sampler": sampler,
-        "seeds": shown,
-        "trained_on_this_data": None if known is None else known == dataset.fingerprint,
-    }
+    facts["trained_on_this_data"] = None if known is None else known == dataset.fingerprint
+    relation = {None: "", True: "; trained on these images", False: "; trained on other images"}[facts["trained_on_this_data"]]
+    facts["samples"] = f"seeds {shown}, {labels}; {how}; {generator.provider}, {generator.precision}{relation}"
     held_out = training.get("held_out")
     return facts, np.array(held_out, dtype=np.int64) if held_out else None
