@@ -65,7 +65,7 @@ def test_a_folder_and_an_npz_train(trained):
         (trained / "pictures" / name).mkdir(parents=True)
         for i in range(4):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(trained / "pictures" / name / f"{i}.png")
-    small = ("--duration", "16img", "--batch", "4", "--set", "network.channels=8", "--set", "network.head_channels=8", "--precision", "fp32")
+    small = ("--duration", "16img", "--batch", "4", *SMALL[:4], "--precision", "fp32")
     told = fastcm(trained, "train", "--data", "pictures", "--out", "from-folder", *small).stdout
     assert "3x16x16, 2 classes" in told
     np.savez(trained / "grey.npz", arr_0=rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8))

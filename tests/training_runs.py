@@ -11,7 +11,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def small_run(out: Path, *, kimg: float = 0.16, method: str | None = None, teacher: str | None = None, callbacks=(), **changes) -> RunResult:
+def small_run(
+    out: Path, *, kimg: float = 0.16, method: str | None = None, teacher: str | None = None, callbacks=(), **changes
+) -> RunResult:
     """Trains digits with the small network for `kimg` thousand images (ten steps by default)."""
     changes = {**SMALL, "duration_kimg": kimg, **changes}
     return runs.start(runs.plan("digits", method=method, teacher=teacher, out=out, changes=changes), callbacks=callbacks)
