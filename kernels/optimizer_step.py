@@ -12,36 +12,59 @@ is torch.optim.RAdam's (the paper has 4). Buffers are fp32, scalars fp64. Bytes 
 averages, plus 2 for each 16-bit copy.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastcm.kernels import launch
+from fastcm.kernels.launch import tl, triton
 
 # Elements of one slice on the CPU: bounds the scratch memory and keeps a slice's passes in the cache.
 SLICE = 1 << 20
+KINDS = ("radam", "adamw")
+BLOCK = 1024
+# A program takes every PROGRAMS-th block, so that the scalars of a step are computed once per program and not once per block.
+PROGRAMS_PER_PROCESSOR = 8
+# The update count leaves its upper bits to the count of finished programs while the kernel runs.
+TICKET = tl.constexpr(1 << 40)
 
 
 def optimizer_step(
-    kind, param, grad, exp_avg, exp_avg_sq, *, step, lr, grad_norm, betas, eps, weight_decay, clip,
-    target=None, mu=None, averages=(), decays=None, low_precision=None, target_low_precision=None,
-):
-    """Apply one update in place to flat buffers.
+    kind: str, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
+    step: Tensor, lr: Tensor, grad_norm: Tensor, betas: tuple[float, float], eps: float, weight_decay: float, clip: float | None,
+    target: Tensor | None = None, mu: Tensor | None = None, averages: Sequence[Tensor] = (), decays: Tensor | None = None,
+    low_precision: Tensor | None = None, target_low_precision: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Apply one update in place to flat buffers, in one launch on CUDA.
 
-    kind: "radam" or "adamw". param, exp_avg, exp_avg_sq, target, averages: fp32 [n], contiguous, one device; grad: fp32, bf16 or fp16 [n].
-    step: int64 [1], updates applied so far, incremented here. lr, grad_norm, mu: fp32 [1]; decays: fp32 [k]. grad_norm is the L2 norm of grad: clip (float
-    or None) scales grad by min(1, clip / (grad_norm + 1e-6)), and a grad_norm that is not finite leaves every buffer, step included,
-    bit-equal. low_precision, target_low_precision: bf16 or fp16 [n] copies of the new param and target. betas, eps, weight_decay: floats.
-    Raises ValueError naming a bad argument.
+    kind: "radam" or "adamw". param, exp_avg, exp_avg_sq, target, averages: fp32 [n], contiguous, one device; grad: fp32, bf16 or fp16
+    [n]. step: int64 [1], updates applied so far, incremented here. lr, grad_norm, mu: fp32 [1]; decays: fp32 [k]. grad_norm is the L2
+    norm of grad: clip (float or None) scales grad by min(1, clip / (grad_norm + 1e-6)), and a grad_norm that is not finite leaves every
+    buffer, step included, bit-equal. low_precision, target_low_precision: bf16 or fp16 [n] copies of the new param and target. Raises
+    ValueError naming a bad argument.
     """
-    return optimizer_step_reference(
-        kind, param, grad, exp_avg, exp_avg_sq, step=step, lr=lr, grad_norm=grad_norm, betas=betas, eps=eps,
-        weight_decay=weight_decay, clip=clip,
-        target=target, mu=mu, averages=averages, decays=decays, low_precision=low_precision, target_low_precision=target_low_precision,
-    )
+    buffers = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "target": target}
+    buffers |= {f"averages[{i}]": average for i, average in enumerate(averages)}
+    _check_buffers(param, grad, buffers, {"low_precision": low_precision, "target_low_precision": target_low_precision})
+    _check_scalars(param, step, lr, grad_norm, mu if target is not None else None, decays if len(averages) else None, len(averages))
+    _check_options(kind, betas, clip, target, mu, target_low_precision)
+    scalars = {"step": step, "lr": lr, "grad_norm": grad_norm, "eps": float(eps), "weight_decay": float(weight_decay), "clip": clip}
+    followers = {"target": target, "mu": mu, "decays": decays, "low_precision": low_precision, "target_low_precision": target_low_precision}
+    arguments = (kind, param, grad, exp_avg, exp_avg_sq)
+    if launch.chosen("optimizer_step", param) == "triton":
+        with torch.no_grad():
+            _optimizer_step_op(*arguments, **scalars, beta1=betas[0], beta2=betas[1], averages=list(averages), **followers)
+    else:
+        optimizer_step_reference(*arguments, **scalars, betas=betas, averages=averages, **followers)
 
 
 @torch.no_grad()
 def optimizer_step_reference(
     kind, param, grad, exp_avg, exp_avg_sq, *, step, lr, grad_norm, betas, eps, weight_decay, clip,
     target=None, mu=None, averages=(), decays=None, low_precision=None, target_low_precision=None,
-):
+):  # fmt: skip
     """The definition, in torch: no host synchronisation, in place, whole-buffer passes on CUDA and slices on the CPU."""
     accepted = torch.isfinite(grad_norm)
     coefficients = _coefficients(kind, accepted, step, lr, grad_norm, betas, eps, weight_decay, clip)
@@ -110,3 +133,189 @@ def _step_slice(p, grad, exp_avg, exp_avg_sq, accepted, coefficients, betas, wei
 def _store_low_precision(copy, part, values, accepted):
     if copy is not None:
         copy[part].copy_(torch.where(accepted, values.to(copy.dtype), copy[part]))
+
+
+@triton.jit
+def _power(base, exponent):
+    """fp64 base to an int64 exponent. libdevice's pow needs a stack, and 1 - b2^t in fp32 loses the digits that RAdam's rho needs."""
+    result = base * 0 + 1
+    while exponent > 0:
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x in fp64 by two Newton steps, which is shorter than the division."""
+    guess = (1.0 / x.to(tl.float32)).to(tl.float64)
+    guess = guess * (2.0 - x * guess)
+    return guess * (2.0 - x * guess)
+
+
+@triton.jit
+def _scalars(t, lr, eps, BETA1: tl.constexpr, BETA2: tl.constexpr, RADAM: tl.constexpr):
+    """a, b and size of the module docstring, fp32."""
+    power = _power(tl.full((), BETA2, tl.float64), t)
+    correction1, correction2 = 1.0 - _power(tl.full((), BETA1, tl.float64), t), 1.0 - power
+    size = lr * _reciprocal(correction1).to(tl.float32)
+    root = tl.sqrt(correction2.to(tl.float32))
+    if RADAM:
+        RHO_INF: tl.constexpr = 2 / (1 - BETA2) - 1
+        rho = RHO_INF - 2.0 * t.to(tl.float64) * power * _reciprocal(correction2)
+        above = (rho - 4.0).to(tl.float32) * (rho - 2.0).to(tl.float32) * RHO_INF
+        rectification = tl.sqrt(tl.maximum(above / ((RHO_INF - 4) * (RHO_INF - 2) * rho.to(tl.float32)), 0.0))
+        rectified = rho > 5.0
+        return tl.where(rectified, 1.0, 0.0), tl.where(rectified, eps, 1.0), tl.where(rectified, size * rectification * root, size)
+    return tl.full((), 1.0, tl.float32), eps * root, size * root
+
+
+@triton.jit
+def _follow(follower, copy, o, m, b_param, rate):
+    b_follower = tl.load(follower + o, m)
+    b_follower += (b_param - b_follower) * rate
+    tl.store(follower + o, b_follower, m)
+    if copy is not None:
+        tl.store(copy + o, b_follower.to(copy.dtype.element_ty), m)
+
+
+@triton.jit
+def _update_block(
+    param, grad, exp_avg, exp_avg_sq, target, averages, decays, low_precision, target_low_precision, o, m, factor, decay, a, b, size, mu,
+    BETA1: tl.constexpr, BETA2: tl.constexpr,
+):  # fmt: skip
+    b_param = tl.load(param + o, m)
+    b_grad = tl.load(grad + o, m).to(tl.float32) * factor
+    b_avg = tl.load(exp_avg + o, m)
+    b_sq = tl.load(exp_avg_sq + o, m)
+    b_avg += (b_grad - b_avg) * (1 - BETA1)
+    b_sq = b_sq * BETA2 + b_grad * b_grad * (1 - BETA2)
+    b_param = b_param * decay - size * b_avg / (tl.sqrt(b_sq) * a + b)
+    tl.store(exp_avg + o, b_avg, m)
+    tl.store(exp_avg_sq + o, b_sq, m)
+    tl.store(param + o, b_param, m)
+    if low_precision is not None:
+        tl.store(low_precision + o, b_param.to(low_precision.dtype.element_ty), m)
+    if target is not None:
+        _follow(target, target_low_precision, o, m, b_param, 1 - mu)
+    for k in tl.static_range(len(averages)):
+        _follow(averages[k], None, o, m, b_param, 1 - tl.load(decays + k))
+
+
+@triton.jit
+def _optimizer_step_fwd_kernel(
+    param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, mu, decays, target, averages, low_precision, target_low_precision,
+    n, eps, weight_decay, clip,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, RADAM: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_program, programs = tl.program_id(0), tl.num_programs(0)
+    t = (tl.load(step) & (TICKET - 1)) + 1
+    norm = tl.load(grad_norm)
+    accepted = tl.abs(norm) < float("inf")
+    if accepted:
+        rate = tl.load(lr)
+        a, b, size = _scalars(t, rate, eps, BETA1, BETA2, RADAM)
+        decay = 1 - rate * weight_decay
+        factor = tl.minimum(clip / (norm + 1e-6), 1.0) if CLIP else 1.0
+        b_mu = tl.load(mu) if mu is not None else 0.0
+        o, width = tl.arange(0, BLOCK), tl.full((), BLOCK, tl.int64)
+        blocks = n // BLOCK
+        # Whole blocks go without a mask, whose bound may not divide by 16; what is left takes its own, masked, block.
+        for i in range(i_program, blocks, programs):
+            _update_block(
+                param, grad, exp_avg, exp_avg_sq, target, averages, decays, low_precision, target_low_precision, o + i * width, None,
+                factor, decay, a, b, size, b_mu, BETA1, BETA2,
+            )  # fmt: skip
+        if blocks % programs == i_program:
+            o_last = o + blocks * width
+            _update_block(
+                param, grad, exp_avg, exp_avg_sq, target, averages, decays, low_precision, target_low_precision, o_last, o_last < n,
+                factor, decay, a, b, size, b_mu, BETA1, BETA2,
+            )  # fmt: skip
+    # step counts finished programs above bit 40; the last one clears them and counts the update. The barrier comes before the ticket
+    # because every thread has to have read step by then.
+    tl.debug_barrier()
+    finished = tl.atomic_add(step, TICKET, sem="acq_rel") // TICKET
+    if finished == programs - 1:
+        tl.atomic_add(step, accepted.to(tl.int64) - programs.to(tl.int64) * TICKET)
+
+
+def _launch_fwd(
+    kind, param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, eps, weight_decay, clip, beta1, beta2, averages,
+    target, mu, decays, low_precision, target_low_precision,
+):  # fmt: skip
+    n = param.numel()
+    processors = torch.cuda.get_device_properties(param.device).multi_processor_count if param.is_cuda else 1
+    programs = max(1, min(triton.cdiv(n, BLOCK), PROGRAMS_PER_PROCESSOR * processors))
+    with launch.device_guard(param):
+        _optimizer_step_fwd_kernel[(programs,)](
+            param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, mu, decays, target, tuple(averages), low_precision, target_low_precision,
+            n, eps, weight_decay, 0.0 if clip is None else clip,
+            BETA1=beta1, BETA2=beta2, RADAM=kind == "radam", CLIP=clip is not None, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+_MUTATED = ("param", "exp_avg", "exp_avg_sq", "step", "target", "averages", "low_precision", "target_low_precision")
+
+
+@torch.library.custom_op("fastcm::optimizer_step", mutates_args=_MUTATED)
+def _optimizer_step_op(
+    kind: str, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    step: Tensor, lr: Tensor, grad_norm: Tensor, eps: float, weight_decay: float, clip: float | None, beta1: float, beta2: float,
+    averages: list[Tensor], target: Tensor | None, mu: Tensor | None, decays: Tensor | None,
+    low_precision: Tensor | None, target_low_precision: Tensor | None,
+) -> None:  # fmt: skip
+    optimizer_step_reference(
+        kind, param, grad, exp_avg, exp_avg_sq, step=step, lr=lr, grad_norm=grad_norm, betas=(beta1, beta2), eps=eps,
+        weight_decay=weight_decay, clip=clip, target=target, mu=mu, averages=averages, decays=decays,
+        low_precision=low_precision, target_low_precision=target_low_precision,
+    )  # fmt: skip
+
+
+launch.register(_optimizer_step_op, _launch_fwd)
+
+
+@_optimizer_step_op.register_fake
+def _(
+    kind, param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, eps, weight_decay, clip, beta1, beta2, averages,
+    target, mu, decays, low_precision, target_low_precision,
+):  # fmt: skip
+    return None
+
+
+def _check_buffers(param, grad, buffers, copies):
+    op, n = "optimizer_step", param.shape
+    low = (torch.bfloat16, torch.float16)
+    launch.check_tensor(op, "param", param, shape=(None,), contiguous=True)
+    launch.check_tensor(op, "grad", grad, dtypes=(torch.float32, *low), shape=n, like=param, contiguous=True)
+    for name, buffer in buffers.items():
+        if buffer is not None or name != "target":
+            launch.check_tensor(op, name, buffer, shape=n, like=param, contiguous=True)
+    for name, copy in copies.items():
+        if copy is not None:
+            launch.check_tensor(op, name, copy, dtypes=low, shape=n, like=param, contiguous=True)
+
+
+def _check_scalars(param, step, lr, grad_norm, mu, decays, k):
+    op = "optimizer_step"
+    launch.check_tensor(op, "step", step, dtypes=(torch.int64,), shape=(1,), like=param)
+    for name, scalar, n in (("lr", lr, 1), ("grad_norm", grad_norm, 1), ("mu", mu, 1), ("decays", decays, k)):
+        if scalar is not None:
+            launch.check_tensor(op, name, scalar, shape=(n,), like=param, contiguous=True)
+        elif name == "decays" and k:
+            raise ValueError(f"missing argument in optimizer_step(decays): None. Give fp32 [{k}], one decay for each average.")
+
+
+def _check_options(kind, betas, clip, target, mu, target_low_precision):
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind in optimizer_step(kind): {kind!r}. Use {' or '.join(KINDS)}.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"illegal value in optimizer_step(betas): {betas}. Use two numbers from 0, below 1.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"illegal value in optimizer_step(clip): {clip}. Use a number above 0, or None.")
+    for name, argument, needs_it in (("mu", mu, target), ("target", target, target_low_precision)):
+        if argument is None and needs_it is not None:
+            raise ValueError(f"missing argument in optimizer_step({name}): None. A target needs mu, and its 16-bit copy needs the target.")
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("optimizer_step has no forward-mode derivative. Call it outside torch.func.jvp.")
