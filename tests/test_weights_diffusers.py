@@ -207,6 +207,15 @@ def test_broken_weights_are_named(content, part, tmp_path):
             read_diffusers(tmp_path)
 
 
+def test_the_unet_folder_alone(tmp_path):
+    denoiser = make(**DIGITS)
+    denoiser.preconditioning = Preconditioning(sigma_max=40.0)
+    write_diffusers(tmp_path, denoiser, {})
+    network, preconditioning, _ = read_diffusers(tmp_path / "unet")
+    assert preconditioning.sigma_max == 40.0  # the scheduler beside it
+    assert torch.equal(network.out[2].weight, denoiser.network.out[2].weight)
+
+
 def test_half_precision_variant(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -73,7 +73,11 @@ def test_full_size_published_models(tmp_path):
     ],
 )
 def test_round_trip_is_bit_equal(name, form, sampling, tmp_path):
-    denoiser = make(**{**IMAGENET64, "channel_mult": (1, 2, 3, 4), "blocks": 1})
+    denoiser = make(**{**IMAGENET64, "blocks": 1})
+    denoiser.preconditioning = Preconditioning(form="edm" if form == "boundary" else "boundary")
+    with pytest.raises(InputError, match="edm_"):  # the name is all that tells the form
+        write_openai(tmp_path / name, denoiser, {})
+    denoiser.preconditioning = Preconditioning(form=form)
     write_openai(tmp_path / name, denoiser, {})
     assert [p.name for p in tmp_path.iterdir()] == [name]
     network, preconditioning, info = read_openai(tmp_path / name, head_channels=32)

@@ -27,23 +27,22 @@ FIXED = {
 }  # fmt: skip
 
 
-def is_diffusers_folder(path: Path) -> bool:
-    return (path / INDEX_NAME).is_file()
-
-
 def read_diffusers(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
-    """Returns (network with fp32 weights on the CPU, preconditioning, info) of a folder. Raises InputError naming file and reason."""
+    """Returns (network with fp32 weights on the CPU, preconditioning, info) of a pipeline folder, or of its `unet` folder alone.
+
+    Raises InputError naming file and reason.
+    """
     path = Path(path)
-    index = read_json(path / INDEX_NAME)
-    if index.get("_class_name") != "ConsistencyModelPipeline":
-        refuse(path / INDEX_NAME, expected=EXPECTED, reason=f"a {index.get('_class_name')}")
-    config = read_config(path / CONFIG_NAME)
-    scheduler = read_json(path / SCHEDULER_NAME)
-    if scheduler.get("_class_name", SCHEDULER) != SCHEDULER:
-        refuse(path / SCHEDULER_NAME, expected=f"a {SCHEDULER}", reason=f"a {scheduler.get('_class_name')}")
-    sigmas = {name: float(scheduler[name]) for name in ("sigma_min", "sigma_max", "sigma_data", "rho") if name in scheduler}
-    weights = _weights_file(path)
-    state = _read_weights(weights)
+    if (path / INDEX_NAME).is_file():
+        _check_class(path / INDEX_NAME, "ConsistencyModelPipeline", expected=EXPECTED)
+    unet = path / "unet" if (path / "unet").is_dir() else path
+    scheduler = path / SCHEDULER_NAME if unet != path else path.parent / SCHEDULER_NAME
+    settings = _check_class(scheduler, SCHEDULER, expected=f"a {SCHEDULER}") if scheduler.is_file() or unet != path else {}
+    sigmas = {name: float(settings[name]) for name in ("sigma_min", "sigma_max", "sigma_data", "rho") if name in settings}
+    config = read_config(unet / "config.json")
+    weights = _weights_file(unet)
+    check_file(weights, expected="a safetensors file")
+    state = read_safetensors(weights)
     with torch.device("meta"):
         network = networks.UNet(config)
     fill(network, _from_diffusers(state, config, weights), weights)
@@ -52,7 +51,7 @@ def read_diffusers(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
         "resolution": config.resolution,
         "channels": config.in_channels,
         "classes": classes,
-        "discretization_steps": int(scheduler.get("num_train_timesteps", 40)),
+        "discretization_steps": int(settings.get("num_train_timesteps", 40)),
         "source": f"diffusers folder {path.name}",
     }
     return network.eval().requires_grad_(False), Preconditioning(form="boundary", c_noise="250 ln sigma", **sigmas), info
@@ -243,18 +242,18 @@ def _from_diffusers(state: dict[str, Tensor], config: networks.UNetConfig, sourc
     return ours
 
 
-def _weights_file(path: Path) -> Path:
-    """The safetensors file in unet/, fp32 before a variant such as fp16."""
-    if (path / WEIGHTS_NAME).is_file():
-        return path / WEIGHTS_NAME
-    variants = sorted((path / "unet").glob("diffusion_pytorch_model*.safetensors"))
-    if len(variants) == 1:
-        return variants[0]
-    bins = sorted((path / "unet").glob("*.bin"))
-    found = ", ".join(file.name for file in variants + bins) or "no weights"
-    raise InputError(f"no {Path(WEIGHTS_NAME).name} in {path / 'unet'}: {found}. Download or save the safetensors form.")
+def _check_class(path: Path, name: str, *, expected: str) -> dict:
+    content = read_json(path)
+    if content.get("_class_name", name) != name:
+        refuse(path, expected=expected, reason=f"a {content['_class_name']}")
+    return content
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    check_file(path, expected="a safetensors file")
-    return read_safetensors(path)
+def _weights_file(unet: Path) -> Path:
+    """The safetensors file of a unet folder, fp32 before a variant such as fp16."""
+    plain = unet / Path(WEIGHTS_NAME).name
+    variants = [plain] if plain.is_file() else sorted(unet.glob("diffusion_pytorch_model*.safetensors"))
+    if len(variants) != 1:
+        found = ", ".join(file.name for file in [*variants, *sorted(unet.glob("*.bin"))]) or "no weights"
+        raise InputError(f"no {plain.name} in {unet}: {found}. Download or save the safetensors form.")
+    return variants[0]

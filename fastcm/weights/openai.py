@@ -45,7 +45,7 @@ def read_openai(
     with torch.device("meta"):
         network = networks.UNet(config)
     fill(network, {name: value.float() for name, value in state.items()}, path)
-    preconditioning = Preconditioning(form=form or ("edm" if path.name.startswith("edm_") else "boundary"), c_noise="250 ln sigma")
+    preconditioning = Preconditioning(form=form or form_of(path), c_noise="250 ln sigma")
     classes = [str(index) for index in range(config.num_classes)] if config.num_classes else None
     info = {"resolution": config.resolution, "channels": config.in_channels, "classes": classes, "source": f"OpenAI checkpoint {path.name}"}
     two_step = next((sigma for name, sigma in TWO_STEP_SIGMAS.items() if path.name.startswith(name)), None)
@@ -67,12 +67,23 @@ def write_openai(path: str | Path, denoiser: Denoiser, info: dict) -> None:
         )
     if denoiser.preconditioning.c_noise != "250 ln sigma":
         raise InputError(f"no OpenAI form in noise.c_noise: {denoiser.preconditioning.c_noise}. OpenAI's code uses 250 ln sigma.")
-    path = Path(path)
+    path, form = Path(path), denoiser.preconditioning.form
+    if form != form_of(path):
+        rule = "begin its name with edm_" if form == "edm" else "let its name not begin with edm_"
+        raise InputError(
+            f"the name of an {form_of(path)} model in {path}: it has the {form} form. Please {rule}: nothing else in the file says it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     torch.save({name: value.detach().float().cpu().contiguous().clone() for name, value in network.state_dict().items()}, temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def form_of(path: Path) -> str:
+    """The preconditioning form by OpenAI's naming: "edm" for edm_*, else "boundary"."""
+    return "edm" if path.name.startswith("edm_") else "boundary"
 
 
 def _load(path: Path) -> dict[str, Tensor]:

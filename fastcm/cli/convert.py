@@ -1,0 +1,78 @@
+"""`fastcm convert`: a model of anybody's format in, another format out. No code inside the source is executed."""
+
+import argparse
+from pathlib import Path
+
+from fastcm.errors import InputError
+
+FORMATS = ("fastcm", "diffusers", "openai")
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser("convert", help="read and write other people's model formats", description=__doc__)
+    parser.add_argument("source", metavar="SRC", help="a run or model folder, a diffusers folder, an OpenAI .pt or an EDM .pkl")
+    parser.add_argument("destination", metavar="DST", type=Path, help="the folder, or .pt file, to write; it must not exist")
+    parser.add_argument("--to", choices=FORMATS, help="openai where DST ends in .pt, otherwise fastcm by default")
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels of an OpenAI .pt whose channel multipliers do not tell")
+    parser.add_argument("--head-channels", type=int, metavar="N", help="width of an attention head in an OpenAI .pt (64)")
+    parser.add_argument(
+        "--form", choices=("edm", "boundary"), help="preconditioning of an OpenAI .pt; edm for edm_*, else boundary by default"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from fastcm.weights import model_folder, openai
+
+    destination: Path = args.destination
+    target = args.to or ("openai" if destination.suffix == ".pt" else "fastcm")
+    if (destination.suffix == ".pt") != (target == "openai"):
+        raise InputError(f"{target} as the format of DST: {destination}. An OpenAI checkpoint ends in .pt, other formats are folders.")
+    if destination.exists():
+        raise InputError(f"DST exists already: {destination}. Name a new one, or remove it first.")
+    denoiser, info = _read(args)
+    if target == "openai":
+        openai.write_openai(destination, denoiser, info)
+    elif target == "diffusers":
+        from fastcm.weights.diffusers import write_diffusers
+
+        write_diffusers(destination, denoiser, info)
+    else:
+        model_folder.save_model(destination, denoiser, info)
+    print(_summary(denoiser, info, destination, target))
+
+
+def _read(args: argparse.Namespace):
+    """The denoiser and its description; the options of OpenAI files go to those only."""
+    from fastcm.api import load_denoiser, resolve_model
+
+    kind, path = resolve_model(args.source)
+    options = {"image_size": args.image_size, "head_channels": args.head_channels, "form": args.form}
+    options = {name: value for name, value in options.items() if value is not None}
+    if kind != "openai":
+        if options:
+            name = next(iter(options)).replace("_", "-")
+            raise InputError(f"an option for OpenAI's .pt files in --{name}: {args.source}. Leave it out: this file says so itself.")
+        return load_denoiser(args.source)
+    from fastcm.consistency.denoiser import Denoiser
+    from fastcm.weights.openai import read_openai
+
+    network, preconditioning, info = read_openai(path, **options)
+    return Denoiser(network, preconditioning), info
+
+
+def _summary(denoiser, info: dict, destination: Path, target: str) -> str:
+    """One line on what was written; a second where the format cannot hold the noise range."""
+    from fastcm.consistency.denoiser import Preconditioning
+
+    parameters = sum(p.numel() for p in denoiser.network.parameters())
+    classes = f", {len(info['classes'])} classes" if info.get("classes") else ""
+    size = f"{info.get('resolution')}x{info.get('resolution')}x{info.get('channels')}"
+    kind = getattr(denoiser.network, "kind", type(denoiser.network).__name__)
+    line = f"{destination} ({target}): {kind}, {parameters:,} parameters, {size}{classes}, {denoiser.preconditioning.form} form"
+    given, usual = denoiser.preconditioning, Preconditioning(form=denoiser.preconditioning.form)
+    lost = [
+        f"{name} {getattr(given, name)}"
+        for name in ("sigma_min", "sigma_max", "sigma_data", "rho")
+        if getattr(given, name) != getattr(usual, name)
+    ]
+    return f"{line}\nnote: a .pt file does not hold {', '.join(lost)}; keep them beside it" if target == "openai" and lost else line
