@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastcm import cli
-from fastcm.cli import evaluate
+from fastcm import cli, evaluation
+from fastcm.cli.evaluate import CALLS
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
-from fastcm.evaluation import features, protocol
+from fastcm.evaluation import features, protocol, train_judge
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
 from fastcm.networks.unet import UNet, UNetConfig
@@ -18,9 +18,18 @@ from fastcm.training.data import open_dataset
 from fastcm.weights.model_folder import save_model
 
 
+@pytest.fixture(scope="module")
+def judge():
+    """A judge of the digits that learned for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "STEPS", (40, 40))
+        dataset = open_dataset("digits")
+        return train_judge(dataset.images, dataset.labels)
+
+
 @pytest.fixture(autouse=True)
-def quick_judge(monkeypatch):
-    monkeypatch.setattr(features, "STEPS", (40, 40))
+def quick(monkeypatch, judge):
+    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed: judge)
     monkeypatch.setattr(protocol, "SPLITS", 5)
 
 
@@ -91,7 +100,7 @@ def test_a_teacher_is_sampled_with_heun_and_its_calls_are_counted(tmp_path, caps
     assert [row["nfe"] for row in json.loads((tmp_path / "r.json").read_text())["sets"]] == [3, 5]
 
 
-@pytest.mark.parametrize("sampler", sorted(set(evaluate.CALLS) - {"consistency"}))
+@pytest.mark.parametrize("sampler", sorted(set(CALLS) - {"consistency"}))
 def test_the_counted_calls_are_the_real_ones(sampler):
     """The figure in the table is what a sampler asks of the network."""
     calls = []
@@ -103,7 +112,7 @@ def test_the_counted_calls_are_the_real_ones(sampler):
 
     generator = Generator(Denoiser(Network(), Preconditioning(form="edm")), {"resolution": 8, "channels": 1}, device="cpu")
     generator([0], steps=4, sampler=sampler)
-    assert len(calls) == evaluate.CALLS[sampler](4)
+    assert len(calls) == CALLS[sampler](4)
 
 
 def test_real_images_score_as_real_and_copies_are_named(tmp_path, capsys, digits):

@@ -20,9 +20,16 @@ def patterns(count, *, channels=1, side=8, classes=4, noise=40, seed=0):
     return np.clip(np.round(images), 0, 255).astype(np.uint8), labels
 
 
-@pytest.fixture
-def few_steps(monkeypatch):
-    monkeypatch.setattr(features, "STEPS", (40, 40))
+@pytest.fixture(scope="module")
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "STEPS", (40, 40))
+        yield
+
+
+@pytest.fixture(scope="module")
+def patterns_judge(few_steps):
+    return train_judge(*patterns(300))
 
 
 def digits():
@@ -64,9 +71,9 @@ def test_equal_arguments_give_equal_bits_whatever_the_threads_and_the_global_sta
     assert np.array_equal(first.reference, other.reference), "the split must not follow the judge's seed"
 
 
-def test_the_judge_learns_and_never_sees_the_reference_half(few_steps):
-    images, labels = patterns(200)
-    judge = train_judge(images, labels)
+def test_the_judge_learns_and_never_sees_the_reference_half(few_steps, patterns_judge):
+    images, labels = patterns(300)
+    judge = patterns_judge
     assert judge.held_out_accuracy > 0.9
     assert judge.held_out_accuracy == judge.accuracy(images[judge.reference], labels[judge.reference])
     changed = images.copy()
@@ -74,11 +81,10 @@ def test_the_judge_learns_and_never_sees_the_reference_half(few_steps):
     assert np.array_equal(train_judge(changed, labels).features(images), judge.features(images))
 
 
-def test_wrong_labels_are_at_chance(few_steps):
-    images, labels = patterns(200)
-    judge = train_judge(images, labels)
-    assert judge.accuracy(images, (labels + 1) % 4) < 0.1
-    assert judge.accuracy(images, np.random.default_rng(0).permutation(labels)) == pytest.approx(0.25, abs=0.1)
+def test_wrong_labels_are_at_chance(patterns_judge):
+    images, labels = patterns(300)
+    assert patterns_judge.accuracy(images, (labels + 1) % 4) < 0.1
+    assert patterns_judge.accuracy(images, np.random.default_rng(0).permutation(labels)) == pytest.approx(0.25, abs=0.1)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 28), (3, 40), (1, 4)])
@@ -91,12 +97,11 @@ def test_other_sizes_and_colours(monkeypatch, channels, side):
     assert found.std(axis=0).max() > 0.01
 
 
-def test_features_do_not_depend_on_the_batch(few_steps):
-    images, labels = patterns(300)
-    judge = train_judge(images, labels)
-    together = judge.features(images)
-    assert np.array_equal(judge.features(images[270:]), together[270:])
-    assert np.array_equal(judge.features(images[7:8]), together[7:8])
+def test_features_do_not_depend_on_the_batch(patterns_judge):
+    images, _ = patterns(300)
+    together = patterns_judge.features(images)
+    assert np.array_equal(patterns_judge.features(images[270:]), together[270:])
+    assert np.array_equal(patterns_judge.features(images[7:8]), together[7:8])
 
 
 @pytest.mark.parametrize(
@@ -113,11 +118,9 @@ def test_data_that_no_judge_can_learn_are_refused(images, labels, words):
         train_judge(images, labels)
 
 
-def test_images_of_another_shape_are_refused(monkeypatch):
-    monkeypatch.setattr(features, "STEPS", (1, 1))
-    judge = train_judge(*patterns(60))
+def test_images_of_another_shape_are_refused(patterns_judge):
     with pytest.raises(InputError, match=r"another shape for the judge: \(3, 8, 8\)"):
-        judge.features(np.zeros((2, 3, 8, 8), np.uint8))
+        patterns_judge.features(np.zeros((2, 3, 8, 8), np.uint8))
 
 
 @pytest.mark.slow

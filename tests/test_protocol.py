@@ -43,8 +43,9 @@ def test_both_sides_have_equal_counts_of_each_class():
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("balanced", [True, False])
-def test_a_perfect_generator_has_the_real_figure(balanced, labelled):
+def test_a_perfect_generator_has_the_real_figure(monkeypatch, balanced, labelled):
     """Over many draws of data and generator from one distribution, the ratio of the means is 1: neither side gains by its count."""
+    monkeypatch.setattr(protocol, "SPLITS", 5)
     rng = np.random.default_rng(1)
 
     def drawn(count):
@@ -52,7 +53,7 @@ def test_a_perfect_generator_has_the_real_figure(balanced, labelled):
         return Features(rng.normal(size=(count, 6)) + 4 * np.eye(5, 6)[labels], labels)
 
     pairs = []
-    for _ in range(25):
+    for _ in range(30):
         reference, generated = drawn(80), drawn(200)
         generated = generated if labelled else Features(generated.values, None)
         fd = over_splits(generated, reference, metrics=("fd",), balanced=balanced)["fd"]
