@@ -13,7 +13,8 @@ import torch
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, RunError
 from fastcm.export.onnx_metadata import metadata
-from fastcm.export.parity import Comparison, Expected, check_file
+from fastcm.export.parity import VARIATION as VARIATION
+from fastcm.export.parity import Comparison, Expected, check_file, variation
 from fastcm.export.program import Program, example_inputs, export_program, input_names
 from fastcm.export.quiet import quiet
 from fastcm.export.translations import translations
@@ -29,12 +30,17 @@ SINGLE_FILE_BYTES = 2**31 - 2**24
 
 
 class Exported(NamedTuple):
-    """What `export_onnx` made: the file, its noise levels and the comparisons with torch, one per batch size."""
+    """What `export_onnx` made: the file, its noise levels, the comparisons with torch, one per batch size, and their tolerance.
+
+    variation: how much pixels change with the seed; below VARIATION the comparisons say little.
+    """
 
     path: Path
     sigmas: tuple[float, ...]
     opset: int
     comparisons: list[Comparison]
+    tolerance: float
+    variation: float
 
 
 def export_onnx(
@@ -65,7 +71,7 @@ def export_onnx(
         _write(model, folder / out.name)
         comparisons = check_file(folder / out.name, program, expected)
         _publish(folder, out)
-    return Exported(out, levels, opset, comparisons)
+    return Exported(out, levels, opset, comparisons, expected.tolerance, variation(program, expected))
 
 
 def convert(program: Program, expected: Expected, *, opset: int, properties: dict[str, str]):

@@ -62,7 +62,8 @@ def load_denoiser(model: str | Path, *, network: nn.Module | None = None) -> tup
         from fastcm.weights.edm import read_edm as read
     else:
         from fastcm.weights.diffusers import read_diffusers as read
-    return read(path)
+    network, preconditioning, info = read(path)
+    return Denoiser(network.eval().requires_grad_(False), preconditioning), info
 
 
 def load(

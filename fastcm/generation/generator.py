@@ -13,7 +13,7 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, RunError, nearest
 from fastcm.generation.cuda_graph import CapturedBatch
 from fastcm.generation.frozen import FrozenLevel, freeze
-from fastcm.generation.request import check_output, finished, label_array, noise_levels, seed_array
+from fastcm.generation.request import check_output, chosen_sampler, finished, label_array, noise_levels, seed_array
 from fastcm.generation.sampler import TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,12 +99,12 @@ class Generator:
         """The noise levels that a call with these arguments visits."""
         return noise_levels(steps, sigmas, self.denoiser.preconditioning, self.info.get("sampling"))
 
-    def __call__(self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str = "consistency"):
+    def __call__(self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None):
         """Returns one image per seed: uint8 [N, H, W, C], with output="float" float32 in [-1, 1] of that shape, with "pil" a list.
 
         seeds: an int or ints of 64 bits. labels: a class (number or name), a list cycled over the seeds, or None for seed mod classes.
         steps: network calls, 1 by default, or sigmas: the noise levels from high to low. sampler: "consistency", or for diffusion
-        teachers "heun", "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels.
+        teachers "heun" (their default), "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels.
         Raises InputError for arguments that do not fit the model, RunError where an image has non-finite pixels.
         """
         check_output(output)
@@ -114,7 +114,7 @@ class Generator:
         return finished(images, output)
 
     def batches(
-        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str = "consistency"
+        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
         """Yields (seeds, labels, images) of one batch after the other, for long jobs; arguments as in a call, checked at once."""
         seeds = seed_array(seeds)
@@ -136,9 +136,10 @@ class Generator:
             yield seeds[rows], None if labels is None else labels[rows], images
             start += len(images)
 
-    def _run(self, steps: int | None, sigmas, sampler: str):
+    def _run(self, steps: int | None, sigmas, sampler: str | None):
         """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; key names it among the CUDA graphs."""
         p = self.denoiser.preconditioning
+        sampler = chosen_sampler(sampler, self.info)
         if sampler == "consistency":
             visited = self.sigmas(steps, sigmas)
             levels = [self.level(sigma) for sigma in visited]

@@ -12,6 +12,7 @@ from fastcm.errors import InputError, nearest
 
 OUTPUTS = ("uint8", "float", "pil")
 SEED_RANGE = range(-(2**63), 2**63)
+TEACHER_DEFAULT = "heun"
 
 
 def seed_array(seeds: int | Iterable[int]) -> np.ndarray:
@@ -80,6 +81,13 @@ def noise_levels(steps: int | None, sigmas: Iterable[float] | None, precondition
     if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
         raise InputError(f"noise levels out of order in sigmas: {', '.join(f'{s:g}' for s in levels)}. Give them from high to low.")
     return levels
+
+
+def chosen_sampler(sampler: str | None, info: dict) -> str:
+    """The sampler to use where none is named: a model that was trained as a diffusion teacher needs a solver, all others one call."""
+    if sampler is not None:
+        return sampler
+    return TEACHER_DEFAULT if (info.get("training") or {}).get("method") == "edm" else "consistency"
 
 
 def check_output(output: str) -> str:

@@ -1,0 +1,123 @@
+"""An ONNX Runtime session on the provider that was asked for, or an error that says what is missing."""
+
+import contextlib
+import ctypes
+import io
+import logging
+import re
+from importlib import metadata
+from pathlib import Path
+
+from fastcm.errors import InputError, RunError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# What runs the nodes that the first cannot; ONNX Runtime appends the CPU to every list.
+FALLBACKS = {"cpu": [], "cuda": [], "tensorrt": ["CUDAExecutionProvider"]}
+REMEDIES = {
+    "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]', or use --provider cpu",
+    "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' and TensorRT's libraries, or use --provider cpu",
+}
+log = logging.getLogger("fastcm")
+_warned: set[str] = set()
+
+
+def open_session(path: Path, provider: str):
+    """Returns (session, active): active is "cpu", "cuda" or "tensorrt", as ONNX Runtime reports it after loading.
+
+    provider "auto" takes CUDA where the machine has it, and warns once where a GPU is there but cannot be used.
+    Raises InputError for files that cannot be read, RunError where the asked provider is not active.
+    """
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise RunError("broken package: onnxruntime. pip install --force-reinstall --no-deps onnxruntime-gpu.")
+    _warn_of_two_packages()
+    if provider != "auto":
+        problem = None if provider == "cpu" else missing_library(onnxruntime, provider)
+        if problem:
+            raise RunError(f"provider not available in --provider: {provider}, {problem}. {REMEDIES[provider]}.")
+        return _strict(onnxruntime, path, provider), provider
+    if not _has_gpu() or PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return _session(onnxruntime, path, ["CPUExecutionProvider"]), "cpu"
+    problem = missing_library(onnxruntime, "cuda")
+    if problem is None:
+        with contextlib.suppress(RunError):
+            return _strict(onnxruntime, path, "cuda"), "cuda"
+        problem = "ONNX Runtime could not start it"
+    _warn_once(f"{path.name} runs on the CPU: no CUDA provider, {problem}. {REMEDIES['cuda']}.")
+    return _session(onnxruntime, path, ["CPUExecutionProvider"]), "cpu"
+
+
+def _strict(onnxruntime, path: Path, provider: str):
+    session = _session(onnxruntime, path, [PROVIDERS[provider], *FALLBACKS[provider]])
+    active = session.get_providers()
+    if active[0] != PROVIDERS[provider]:
+        raise RunError(f"provider not active in --provider: {provider}. ONNX Runtime fell back to {active[0]}; {REMEDIES[provider]}.")
+    return session
+
+
+def _session(onnxruntime, path: Path, providers: list[str]):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # ONNX Runtime prints when a provider fails
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise InputError(_refusal(path, error)) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """One line for ONNX Runtime's errors, which name C++ files."""
+    text = str(error)
+    if "parsing failed" in text or "No graph was found" in text:
+        head = path.read_bytes()[:64] if path.is_file() else b""
+        kind = "a Git LFS pointer (run git lfs pull)" if head.startswith(b"version https://git-lfs") else "not a complete ONNX file"
+        return f"unreadable graph in {path}: {kind}. Export or copy it again."
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
+    reason = re.sub(r"/onnxruntime_src/\S+ |\S+\(.*?\)(?= )", "", reason)
+    return f"ONNX Runtime refuses {path}: {reason.rstrip('.')}. Export it again with this fastcm."
+
+
+def missing_library(onnxruntime, provider: str) -> str | None:
+    """What keeps the provider from loading, in words, or None. Asked before ONNX Runtime is, which prints and falls back."""
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        return "this onnxruntime package is built without it"
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    library = folder / f"libonnxruntime_providers_{provider}.so"
+    if not library.is_file():
+        return None  # another system's file names: ONNX Runtime will tell
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+        onnxruntime.preload_dlls()
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        match = re.match(r"(\S+): cannot open shared object file", str(error))
+        return f"missing library {match[1]}" if match else None
+    return None
+
+
+def _has_gpu() -> bool:
+    """True where NVIDIA's driver is installed."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _warn_of_two_packages() -> None:
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            metadata.distribution(name)
+            found.append(name)
+    if len(found) == 2:
+        cure = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
+        _warn_once(f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other. {cure}.")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        log.warning(message)
