@@ -58,7 +58,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): the share of each set inside the other's k-nearest-neighbour balls.
 
-    One outlier of a set has a wide ball: a high precision with a recall near zero says that the samples lie in such a ball, not among the data.
+    One outlier of a set has a wide ball: a high precision with a recall near zero means that the samples lie in such a ball alone.
     """
     require(real, "features", least=k + 1)
     require(generated, "features", least=k + 1)
