@@ -1,9 +1,9 @@
 """How an op is launched: kernel or reference, argument checks, device guard, block sizes by shape."""
 
 import contextlib
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,10 +58,11 @@ def use(implementation: str) -> None:
     _use = implementation
 
 
-def chosen(op: str, x: Tensor, differentiated: Sequence[Tensor | None] = ()) -> str:
+def chosen(op: str, x: Tensor, *, elements: int | None = None, differentiated: Sequence[Tensor | None] = ()) -> str:
     """Returns "triton" or "reference": what `op` runs for the tensor x.
 
-    differentiated: the inputs that the op's kernel has no backward for; the reference is taken where one of them needs a gradient.
+    elements: the size of the work where it is not that of x. differentiated: inputs that the op's kernel has no backward for; the
+    reference is taken where one of them needs a gradient.
     """
     if _use == "reference" or not HAS_TRITON:
         return "reference"
@@ -72,7 +73,7 @@ def chosen(op: str, x: Tensor, differentiated: Sequence[Tensor | None] = ()) -> 
         return "reference"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):
         return "reference"
-    return "triton" if _use == "triton" or measured_choice(op, x.numel())[0] else "reference"
+    return "triton" if _use == "triton" or measured_choice(op, x.numel() if elements is None else elements)[0] else "reference"
 
 
 def measured_choice(op: str, elements: int) -> tuple[bool, str]:
@@ -151,14 +152,36 @@ def device_guard(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def block_of(elements: int, largest: int) -> int:
-    """Returns the power of two that covers `elements`, at most `largest` (itself a power of two) and at least 16."""
-    return min(largest, max(16, 1 << (max(1, elements) - 1).bit_length()))
+def strided(tensor: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
+    """Returns a per-sample tensor ([batch], [1] or None) and its stride, 0 where one value serves the batch: a pair of kernel arguments."""
+    return (None, 0) if tensor is None else (tensor, tensor.stride(0) if tensor.shape[0] == batch and batch > 1 else 0)
 
 
-def warps_of(block: int, per_thread: int) -> int:
-    """Returns how many warps give each thread `per_thread` of `block` elements: a power of two from 1 to 32."""
-    return max(1, min(32, 1 << int(math.log2(max(1, block // (32 * per_thread))))))
+def register(op: torch.library.CustomOpDef, launcher: Callable[..., object]) -> None:
+    """Makes `launcher` the implementation of a registered op on CUDA, and on the CPU where the interpreter runs kernels."""
+    op.register_kernel("cuda")(launcher)
+    if INTERPRETED:
+        op.register_kernel("cpu")(launcher)
+
+
+class QuarterGrid(NamedTuple):
+    """How a noise kernel covers samples in the stream's quarter layout: `blocks` programs per sample, `block` counters each."""
+
+    block: int
+    blocks: int
+    num_warps: int
+
+
+def quarter_grid(op: str, elements: int) -> QuarterGrid:
+    """Returns the grid for samples of this many elements. A thread takes four neighbouring counters, so each lane is one 128-bit store."""
+    if elements >= 2**31:
+        raise ValueError(f"too many elements per sample in {op}(shape): {elements}. Use fewer than 2^31; the batch is not limited.")
+    quarter = (elements + 3) // 4
+    # The largest power of two that divides a quarter leaves no masked tail, if it is not small.
+    block = min(512, quarter & -quarter)
+    if block < 128:
+        block = max(16, min(512, 1 << (quarter - 1).bit_length()))
+    return QuarterGrid(block, -(-quarter // block), max(1, block // 128))
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

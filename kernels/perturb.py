@@ -8,9 +8,12 @@ Bytes per element: reads 1 (uint8) or 4 (float32), writes 4 for each x and the s
 from typing import NamedTuple
 
 import torch
-from fastcm.kernels import launch
-from fastcm.kernels.philox import normal_reference
 from torch import Tensor
+
+from fastcm.kernels import launch
+from fastcm.kernels.launch import tl, triton
+from fastcm.kernels.philox import normal_reference
+from fastcm.kernels.quarter_layout import load_lanes, load_scalar, quarter_counters, quarter_lanes, store_lane
 
 STREAM_TRAINING_NOISE = 0
 _SCALED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +47,16 @@ def perturb(
     argument.
     """
     _check(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
+    if launch.chosen("perturb", images, differentiated=(images, sigma_hi, sigma_lo, c_in_hi, c_in_lo)) == "triton":
+        x_hi, x_lo, scaled_hi, scaled_lo = torch.ops.fastcm.perturb(
+            images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype
+        )
+        return Perturbed(
+            x_hi,
+            None if sigma_lo is None else x_lo,
+            None if c_in_hi is None else scaled_hi,
+            None if c_in_lo is None else scaled_lo,
+        )
     return perturb_reference(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
 
 
@@ -76,6 +89,99 @@ def perturb_reference(
 
 def _column(coefficient: Tensor) -> Tensor:
     return coefficient.view(-1, 1, 1, 1)
+
+
+@triton.jit
+def noise_lane(
+    p_x, p_scaled, b_sigma, b_c_in, o_i, b_image, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One lane at one noise level: x = image + sigma z and, where asked for, c_in x."""
+    b_clean = b_image.to(tl.float32)
+    if b_image.dtype == tl.uint8:
+        # v / 127.5 - 1 as one fused operation, within 1.2e-7.
+        b_clean = b_clean * 0.00784313725490196 - 1.0
+    b_x = b_clean + b_sigma * b_z
+    store_lane(p_x, o_i, b_x, LANE, N, BLOCK)
+    if b_c_in is not None:
+        store_lane(p_scaled, o_i, b_c_in * b_x, LANE, N, BLOCK)
+
+
+@triton.jit
+def _perturb_kernel(
+    p_images, p_seed, seed_stride, p_position, position_stride, p_flip, flip_stride,
+    p_sigma_hi, sigma_hi_stride, p_c_in_hi, c_in_hi_stride, p_x_hi, p_scaled_hi,
+    p_sigma_lo, sigma_lo_stride, p_c_in_lo, c_in_lo_stride, p_x_lo, p_scaled_lo,
+    N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    i_sample, o_i, o_first = quarter_counters(N, BLOCK)
+    p_sample = p_images + i_sample * N
+    if p_flip is None:
+        b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
+    else:
+        # A branch, so that samples that are not mirrored keep their wide loads.
+        if tl.load(p_flip + i_sample * flip_stride):
+            b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, True, LAST, BLOCK)
+        else:
+            b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
+    z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, 0, True, MATH)
+    o_sample = i_sample * N
+    b_sigma, b_c_in = load_scalar(p_sigma_hi, sigma_hi_stride, i_sample), load_scalar(p_c_in_hi, c_in_hi_stride, i_sample)
+    hi = (p_x_hi + o_sample, None if p_scaled_hi is None else p_scaled_hi + o_sample, b_sigma, b_c_in, o_i)
+    noise_lane(*hi, b0, z0, 0, N, BLOCK)
+    noise_lane(*hi, b1, z1, 1, N, BLOCK)
+    noise_lane(*hi, b2, z2, 2, N, BLOCK)
+    noise_lane(*hi, b3, z3, 3, N, BLOCK)
+    if p_x_lo is not None:
+        b_sigma, b_c_in = load_scalar(p_sigma_lo, sigma_lo_stride, i_sample), load_scalar(p_c_in_lo, c_in_lo_stride, i_sample)
+        lo = (p_x_lo + o_sample, None if p_scaled_lo is None else p_scaled_lo + o_sample, b_sigma, b_c_in, o_i)
+        noise_lane(*lo, b0, z0, 0, N, BLOCK)
+        noise_lane(*lo, b1, z1, 1, N, BLOCK)
+        noise_lane(*lo, b2, z2, 2, N, BLOCK)
+        noise_lane(*lo, b3, z3, 3, N, BLOCK)
+
+
+def _launch_perturb(
+    images: Tensor, seed: Tensor, position: Tensor, sigma_hi: Tensor, sigma_lo: Tensor | None, c_in_hi: Tensor | None,
+    c_in_lo: Tensor | None, flip: Tensor | None, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    x_hi, x_lo, scaled_hi, scaled_lo = outputs = _fake_perturb(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
+    batch, elements = images.shape[0], images[0].numel() if images.shape[0] else 0
+    if x_hi.numel() == 0:
+        return outputs
+    grid = launch.quarter_grid("perturb", elements)
+    with launch.device_guard(images):
+        _perturb_kernel[(batch * grid.blocks,)](
+            images, *launch.strided(seed, batch), *launch.strided(position, batch), *launch.strided(flip, batch),
+            *launch.strided(sigma_hi, batch), *launch.strided(c_in_hi, batch), x_hi, None if c_in_hi is None else scaled_hi,
+            *launch.strided(sigma_lo, batch), *launch.strided(c_in_lo, batch),
+            None if sigma_lo is None else x_lo, None if c_in_lo is None else scaled_lo,
+            N=elements, PLANE=images.shape[2] * images.shape[3], WIDTH=images.shape[3], LAST=not images.is_contiguous(),
+            BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
+        )  # fmt: skip
+    return outputs
+
+
+def _fake_perturb(
+    images: Tensor, seed: Tensor, position: Tensor, sigma_hi: Tensor, sigma_lo: Tensor | None, c_in_hi: Tensor | None,
+    c_in_lo: Tensor | None, flip: Tensor | None, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """x_hi, x_lo, scaled_hi, scaled_lo, uninitialised; those not asked for are empty, because an op cannot return None in a list."""
+    kinds = ((sigma_hi, torch.float32), (sigma_lo, torch.float32), (c_in_hi, dtype), (c_in_lo, dtype))
+    return [images.new_empty(images.shape if asked is not None else (0,), dtype=kind) for asked, kind in kinds]
+
+
+@torch.library.custom_op("fastcm::perturb", mutates_args=())
+def _perturb_op(
+    images: Tensor, seed: Tensor, position: Tensor, sigma_hi: Tensor, sigma_lo: Tensor | None, c_in_hi: Tensor | None,
+    c_in_lo: Tensor | None, flip: Tensor | None, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    found = perturb_reference(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
+    dtypes = (torch.float32, torch.float32, dtype, dtype)
+    return [images.new_empty(0, dtype=kind) if x is None else x for x, kind in zip(found, dtypes, strict=True)]
+
+
+launch.register(_perturb_op, _launch_perturb)
+_perturb_op.register_fake(_fake_perturb)
 
 
 def _check(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype) -> None:

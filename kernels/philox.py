@@ -11,8 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from fastcm.kernels import launch
 from torch import Tensor
+
+from fastcm.kernels import launch
+from fastcm.kernels.launch import tl, triton
+from fastcm.kernels.quarter_layout import quarter_counters, quarter_lanes, store_lane
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -38,12 +41,16 @@ def normal(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int)
     seed, position: int64 [B] or [1] on the device of the work. A sample depends on its own seed and position only, never on its batch.
     """
     _check("normal", seed, position, stream)
+    if launch.chosen("philox", seed, elements=_batch(seed, position) * math.prod(shape)) == "triton":
+        return torch.ops.fastcm.normal(seed, position, shape, stream)
     return normal_reference(seed, position, shape, stream)
 
 
 def uniform_field(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int) -> Tensor:
     """Returns uniforms in (0, 1) [B, *shape] fp32: element l Q + i is u of word l of counter i (dropout masks)."""
     _check("uniform_field", seed, position, stream)
+    if launch.chosen("philox", seed, elements=_batch(seed, position) * math.prod(shape)) == "triton":
+        return torch.ops.fastcm.uniform_field(seed, position, shape, stream)
     return uniform_field_reference(seed, position, shape, stream)
 
 
@@ -103,7 +110,7 @@ def _normals(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, transform: Callable[..., Tensor]) -> Tensor:
     elements = math.prod(shape)
     quarter = (elements + 3) // 4
-    batch = max(seed.shape[0], position.shape[0])
+    batch = _batch(seed, position)
     counters = torch.arange(quarter, dtype=torch.int64, device=seed.device)
     seed, position = seed[:, None].expand(batch, 1), position[:, None].expand(batch, 1)
     if seed.is_cpu and not torch.compiler.is_compiling() and batch * quarter > _CPU_COUNTERS:
@@ -117,6 +124,59 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
     else:
         field = transform(*_rounds(seed, position, counters[None], stream))
     return field.view(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _philox_kernel(
+    p_out, p_seed, seed_stride, p_position, position_stride, stream,
+    N: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    i_sample, o_i, o_first = quarter_counters(N, BLOCK)
+    b0, b1, b2, b3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL, MATH)
+    p_sample = p_out + i_sample * N
+    store_lane(p_sample, o_i, b0, 0, N, BLOCK)
+    store_lane(p_sample, o_i, b1, 1, N, BLOCK)
+    store_lane(p_sample, o_i, b2, 2, N, BLOCK)
+    store_lane(p_sample, o_i, b3, 3, N, BLOCK)
+
+
+def _launch_field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, is_normal: bool) -> Tensor:
+    batch, elements = _batch(seed, position), math.prod(shape)
+    field = torch.empty((batch, *shape), dtype=torch.float32, device=seed.device)
+    if field.numel() == 0:
+        return field
+    grid = launch.quarter_grid("philox", elements)
+    seed, position = seed.expand(batch), position.expand(batch)
+    with launch.device_guard(seed):
+        _philox_kernel[(batch * grid.blocks,)](
+            field, seed, seed.stride(0), position, position.stride(0), stream,
+            N=elements, NORMAL=is_normal, BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
+        )  # fmt: skip
+    return field
+
+
+def _launch_normal(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    return _launch_field(seed, position, shape, stream, True)
+
+
+def _launch_uniform_field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    return _launch_field(seed, position, shape, stream, False)
+
+
+def _fake_field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    return seed.new_empty((_batch(seed, position), *shape), dtype=torch.float32)
+
+
+_normal_op = torch.library.custom_op("fastcm::normal", normal_reference, mutates_args=())
+_uniform_field_op = torch.library.custom_op("fastcm::uniform_field", uniform_field_reference, mutates_args=())
+launch.register(_normal_op, _launch_normal)
+launch.register(_uniform_field_op, _launch_uniform_field)
+_normal_op.register_fake(_fake_field)
+_uniform_field_op.register_fake(_fake_field)
+
+
+def _batch(seed: Tensor, position: Tensor) -> int:
+    return position.shape[0] if seed.shape[0] == 1 else seed.shape[0]
 
 
 def _check(op: str, seed: Tensor, position: Tensor, stream: int) -> None:

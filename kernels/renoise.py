@@ -5,9 +5,12 @@ stream 16 + step. D [B, C, H, W], fp32 out. Bytes per fp32 element: 8, and 4 + t
 """
 
 import torch
-from fastcm.kernels import launch
-from fastcm.kernels.philox import normal_reference
 from torch import Tensor
+
+from fastcm.kernels import launch
+from fastcm.kernels.launch import tl, triton
+from fastcm.kernels.philox import normal_reference
+from fastcm.kernels.quarter_layout import lane_mask, lane_offsets, load_lanes, load_scalar, quarter_counters, quarter_lanes, store_lane
 
 STREAM_SAMPLING_NOISE = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +36,8 @@ def renoise(
     is 0. Raises ValueError naming a bad argument.
     """
     _check(D_x, seed, position, sigma, step, known, mask)
+    if launch.chosen("renoise", D_x, differentiated=(D_x, sigma, known)) == "triton":
+        return torch.ops.fastcm.renoise(D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
     return renoise_reference(D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
 
 
@@ -42,6 +47,8 @@ def to_uint8(D_x: Tensor, *, layout: str = "NHWC") -> Tensor:
     launch.check_layout("to_uint8", "D_x", D_x)
     if layout not in ("NHWC", "NCHW"):
         raise ValueError(f'unknown value in to_uint8(layout): {layout!r}. Use "NHWC" or "NCHW".')
+    if launch.chosen("to_uint8", D_x) == "triton":
+        return torch.ops.fastcm.to_uint8(D_x, layout)
     return to_uint8_reference(D_x, layout)
 
 
@@ -73,6 +80,124 @@ def to_uint8_reference(D_x: Tensor, layout: str) -> Tensor:
     """The definition of `to_uint8`, in torch."""
     pixels = ((D_x.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
     return (pixels.permute(0, 2, 3, 1) if layout == "NHWC" else pixels).contiguous()
+
+
+@triton.jit
+def renoise_lane(
+    p_out, o_i, b_D, b_z, b_scale, p_known, p_mask,
+    LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, MASK_PLANES: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b_x = b_D.to(tl.float32)
+    if CLIP:
+        b_x = tl.clamp(b_x, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    if p_known is not None:
+        o_lane, m_lane = lane_offsets(o_i, LANE, N), lane_mask(o_i, LANE, N, BLOCK)
+        o_mask = o_lane % PLANE if MASK_PLANES == 1 else o_lane
+        b_x = tl.where(tl.load(p_mask + o_mask, mask=m_lane) != 0, b_x, tl.load(p_known + o_lane, mask=m_lane))
+    store_lane(p_out, o_i, b_x + b_scale * b_z, LANE, N, BLOCK)
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _renoise_kernel(
+    p_D, p_seed, seed_stride, p_position, position_stride, p_sigma, sigma_stride, sigma_min_squared, stream,
+    p_known, known_stride, p_mask, mask_stride, p_out,
+    N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, MASK_PLANES: tl.constexpr, CLIP: tl.constexpr,
+    LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    i_sample, o_i, o_first = quarter_counters(N, BLOCK)
+    b0, b1, b2, b3 = load_lanes(p_D + i_sample * N, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
+    b_sigma = load_scalar(p_sigma, sigma_stride, i_sample)
+    b_scale = tl.sqrt(tl.maximum(b_sigma * b_sigma - sigma_min_squared, 0.0))
+    if p_known is not None:
+        p_known += i_sample * known_stride
+        p_mask += i_sample * mask_stride
+    z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, True, MATH)
+    p_out += i_sample * N
+    renoise_lane(p_out, o_i, b0, z0, b_scale, p_known, p_mask, 0, N, PLANE, MASK_PLANES, CLIP, BLOCK)
+    renoise_lane(p_out, o_i, b1, z1, b_scale, p_known, p_mask, 1, N, PLANE, MASK_PLANES, CLIP, BLOCK)
+    renoise_lane(p_out, o_i, b2, z2, b_scale, p_known, p_mask, 2, N, PLANE, MASK_PLANES, CLIP, BLOCK)
+    renoise_lane(p_out, o_i, b3, z3, b_scale, p_known, p_mask, 3, N, PLANE, MASK_PLANES, CLIP, BLOCK)
+
+
+@triton.jit
+def _to_uint8_kernel(
+    p_D, p_out, N: tl.constexpr, PLANE: tl.constexpr, FROM_PLANES: tl.constexpr, TO_PLANES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Walks the output in memory order. FROM_PLANES and TO_PLANES: whether input and output hold one plane per channel."""
+    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    i_sample = (pid // BLOCKS).to(tl.int64)
+    o_out = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    m_out = None
+    if N % BLOCK != 0:
+        m_out = o_out < N
+    CHANNELS: tl.constexpr = N // PLANE
+    o_in = o_out
+    if FROM_PLANES and not TO_PLANES:
+        o_in = (o_out % CHANNELS) * PLANE + o_out // CHANNELS
+    elif TO_PLANES and not FROM_PLANES:
+        o_in = (o_out % PLANE) * CHANNELS + o_out // PLANE
+    b_x = tl.load(p_D + i_sample * N + o_in, mask=m_out).to(tl.float32)
+    b_level = tl.minimum(tl.maximum((b_x + 1.0) * 127.5, 0.0), 255.0)
+    # Adding 2^23 rounds half to even and leaves the integer in the low bits.
+    b_pixel = (b_level + 8388608.0).to(tl.int32, bitcast=True)
+    tl.store(p_out + i_sample * N + o_out, b_pixel.to(tl.uint8), mask=m_out)
+
+
+def _launch_renoise(
+    D_x: Tensor, seed: Tensor, position: Tensor, sigma: Tensor, step: int, sigma_min: float,
+    known: Tensor | None, mask: Tensor | None, clip: bool,
+) -> Tensor:  # fmt: skip
+    out = _fake_renoise(D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
+    if out.numel() == 0:
+        return out
+    batch, elements = D_x.shape[0], D_x[0].numel()
+    grid = launch.quarter_grid("renoise", elements)
+    known, known_stride = launch.strided(None if known is None else known.contiguous(), batch)
+    mask, mask_stride = launch.strided(None if mask is None else mask.contiguous(), batch)
+    with launch.device_guard(D_x):
+        _renoise_kernel[(batch * grid.blocks,)](
+            D_x, *launch.strided(seed, batch), *launch.strided(position, batch), *launch.strided(sigma, batch), sigma_min**2,
+            STREAM_SAMPLING_NOISE + step, known, known_stride, mask, mask_stride, out,
+            N=elements, PLANE=D_x.shape[2] * D_x.shape[3], WIDTH=D_x.shape[3], MASK_PLANES=0 if mask is None else mask.shape[1], CLIP=clip,
+            LAST=not D_x.is_contiguous(), BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
+        )  # fmt: skip
+    return out
+
+
+def _launch_to_uint8(D_x: Tensor, layout: str) -> Tensor:
+    out = _fake_to_uint8(D_x, layout)
+    if out.numel() == 0:
+        return out
+    elements, block = D_x[0].numel(), 512
+    blocks = -(-elements // block)
+    with launch.device_guard(D_x):
+        _to_uint8_kernel[(D_x.shape[0] * blocks,)](
+            D_x, out, N=elements, PLANE=D_x.shape[2] * D_x.shape[3], FROM_PLANES=D_x.is_contiguous(),
+            TO_PLANES=layout == "NCHW" or D_x.shape[1] == 1, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _fake_renoise(
+    D_x: Tensor, seed: Tensor, position: Tensor, sigma: Tensor, step: int, sigma_min: float,
+    known: Tensor | None, mask: Tensor | None, clip: bool,
+) -> Tensor:  # fmt: skip
+    return D_x.new_empty(D_x.shape, dtype=torch.float32)
+
+
+def _fake_to_uint8(D_x: Tensor, layout: str) -> Tensor:
+    batch, channels, height, width = D_x.shape
+    shape = (batch, height, width, channels) if layout == "NHWC" else (batch, channels, height, width)
+    return D_x.new_empty(shape, dtype=torch.uint8)
+
+
+_renoise_op = torch.library.custom_op("fastcm::renoise", renoise_reference, mutates_args=())
+_to_uint8_op = torch.library.custom_op("fastcm::to_uint8", to_uint8_reference, mutates_args=())
+launch.register(_renoise_op, _launch_renoise)
+launch.register(_to_uint8_op, _launch_to_uint8)
+_renoise_op.register_fake(_fake_renoise)
+_to_uint8_op.register_fake(_fake_to_uint8)
 
 
 def _check(D_x, seed, position, sigma, step, known, mask) -> None:

@@ -1,14 +1,19 @@
-"""The noise stream: words against Random123, normals against float64, statistics, and independence of the batch."""
+"""The noise stream: words against Random123, draws against float64, statistics, and independence of the batch."""
 
 import numpy as np
 import pytest
 import torch
+from kernel_checks import NORMAL_TOLERANCE, each_implementation, exact_normals, using, words_by_numpy  # noqa: F401
 from scipy import stats
 
 from fastcm import kernels
+from fastcm.kernels import launch
 
 SEEDS = torch.tensor([0, -1, 2**63 - 1, 5])
+POSITIONS = torch.tensor([0, 7, 2**40 + 1, -3])
 ZERO = torch.zeros(1, dtype=torch.int64)
+# The interpreter takes about 0.2 s for a program.
+SAMPLES = 2 if launch.INTERPRETED else 8
 
 
 def signed(value):
@@ -25,88 +30,100 @@ def signed(value):
     ids=["zeros", "ones", "pi"],
 )
 def test_words_match_random123(key, counter, words):
-    """The vectors `philox4x32 10` of Random123's kat_vectors file."""
-    seed = torch.tensor([signed(key[1] << 32 | key[0])])
-    position = torch.tensor([signed(counter[2] << 32 | counter[1])])
-    found = kernels.philox_words(seed, position, torch.tensor([counter[0]]), stream=counter[3])
+    """The vectors `philox4x32 10` of Random123's kat_vectors file, for the reference and for the tests' own definition."""
+    seed, position = signed(key[1] << 32 | key[0]), signed(counter[2] << 32 | counter[1])
+    found = kernels.philox_words(torch.tensor([seed]), torch.tensor([position]), torch.tensor([counter[0]]), stream=counter[3])
     assert tuple(found[0, 0].tolist()) == words
+    assert tuple(words_by_numpy(seed, position, np.array([counter[0]]), counter[3])[0].tolist()) == words
 
 
-def words_by_numpy(seed, position, counters, stream):
-    """Philox4x32-10 as the paper writes it, in uint64 arithmetic of Python and numpy."""
-    c0, c1 = counters.astype(np.uint64), np.full(len(counters), position & 0xFFFFFFFF, np.uint64)
-    c2, c3 = np.full(len(counters), (position >> 32) & 0xFFFFFFFF, np.uint64), np.full(len(counters), stream, np.uint64)
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for r in range(10):
-        k0 = np.uint64(((seed & 0xFFFFFFFF) + r * 0x9E3779B9) & 0xFFFFFFFF)
-        k1 = np.uint64((((seed >> 32) & 0xFFFFFFFF) + r * 0xBB67AE85) & 0xFFFFFFFF)
-        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (p1 >> half) ^ c1 ^ k0, p1 & low, (p0 >> half) ^ c3 ^ k1, p0 & low
-    return np.stack((c0, c1, c2, c3), -1)
-
-
-def normals_in_float64(words, elements):
-    """Box-Muller of the contract, [n, 4] words -> [elements] float64 in the quarter layout."""
-    words = words.astype(np.float64) if words.dtype != np.uint64 else words
-    u = ((words[:, 0::2] >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
-    theta = 2 * np.pi * (words[:, 1::2] >> np.uint64(8)).astype(np.float64) * 2.0**-24
-    radius = np.sqrt(-2 * np.log(u))
-    z = np.stack((radius * np.cos(theta), radius * np.sin(theta)), -1)  # [Q, pair, cos/sin]
-    return z.reshape(len(words), 4).T.reshape(-1)[:elements]
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 1, 1), (1023,)], ids=str)
-@pytest.mark.parametrize("stream", [0, 16, 2**16 + 3])
-def test_normal_matches_float64(shape, stream):
-    elements = int(np.prod(shape))
-    position = torch.tensor([0, 7, 2**40 + 1, -3])
-    found = kernels.normal(SEEDS, position, shape, stream=stream)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 1, 1), (63,), (1023,), (3, 28, 28)], ids=str)
+@pytest.mark.parametrize("stream", [0, 1, 16, 2**16 + 3])
+def test_normal_matches_float64(device, shape, stream):
+    found = kernels.normal(SEEDS.to(device), POSITIONS.to(device), shape, stream=stream).cpu()
     assert found.shape == (4, *shape) and found.dtype == torch.float32 and found.is_contiguous()
-    for b in range(4):
-        words = words_by_numpy(int(SEEDS[b]), int(position[b]), np.arange(-(-elements // 4)), stream)
-        assert np.abs(found[b].numpy().ravel() - normals_in_float64(words, elements)).max() < 3e-6
+    assert (found - exact_normals(SEEDS, POSITIONS, shape, stream)).abs().max() < NORMAL_TOLERANCE[device.type]
 
 
-def test_uniforms_are_the_words():
-    words = kernels.philox_words(SEEDS, ZERO, torch.arange(16), stream=3)
-    u = ((words >> 9).double() + 0.5) * 2.0**-23
-    assert torch.equal(kernels.uniform_field(SEEDS, ZERO, (61,), stream=3).double(), u.permute(0, 2, 1).reshape(4, 64)[:, :61])
-    assert torch.equal(kernels.uniform(SEEDS, ZERO, stream=3).double(), u[:, 0, 0])
+@pytest.mark.parametrize("elements", [64, 61, 2, 4100])
+def test_uniforms_are_the_words_to_the_bit(device, elements):
+    words = np.stack([words_by_numpy(seed, 7, np.arange(-(-elements // 4)), 2**16) for seed in SEEDS.tolist()])
+    u = torch.from_numpy((words >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    found = kernels.uniform_field(SEEDS.to(device), torch.tensor([7], device=device), (elements,), stream=2**16).cpu()
+    assert torch.equal(found.double(), u.permute(0, 2, 1).reshape(4, -1)[:, :elements])
 
 
-def test_samples_do_not_depend_on_their_batch():
-    """Bit for bit, across the blocks that the CPU works in."""
-    shape, positions = (3, 32, 32), torch.arange(24)
-    whole = kernels.normal(ZERO, positions, shape, stream=0)
-    assert torch.equal(
-        whole[:, 0, 0, 0], torch.stack([kernels.normal(ZERO, positions[i : i + 1], shape, stream=0)[0, 0, 0, 0] for i in range(24)])
-    )
-    for i in (0, 7, 23):
-        assert torch.equal(whole[i], kernels.normal(ZERO, positions[i : i + 1], shape, stream=0)[0])
+def test_scalar_uniform_is_word_zero():
+    u = ((kernels.philox_words(SEEDS, ZERO, torch.arange(1), stream=3)[:, 0, 0] >> 9).double() + 0.5) * 2.0**-23
+    assert torch.equal(kernels.uniform(SEEDS, ZERO, stream=3).double(), u)
+
+
+def test_samples_do_not_depend_on_their_batch(device):
+    """Bit for bit, across the blocks of a launch and of the reference's loop."""
+    zero, positions = ZERO.to(device), torch.arange(SAMPLES, device=device)
+    for shape in ((3, 64, 64), (3, 5, 7)):
+        whole = kernels.normal(zero, positions, shape, stream=0)
+        for i in (0, SAMPLES - 1):
+            assert torch.equal(whole[i], kernels.normal(zero, positions[i : i + 1], shape, stream=0)[0])
+
+
+def test_element_of_a_large_sample():
     large = kernels.normal(ZERO, ZERO, (3, 256, 256), stream=0)
-    words = kernels.philox_words(ZERO, ZERO, torch.tensor([40000]), stream=0)
-    u, theta = ((words[0, 0, 2] >> 9).double() + 0.5) * 2.0**-23, (words[0, 0, 3] >> 8).double() * 2 * np.pi * 2.0**-24
-    assert abs(large.view(4, -1)[3, 40000].double() - (-2 * u.log()).sqrt() * theta.sin()) < 3e-6
+    _, _, w2, w3 = words_by_numpy(0, 0, np.array([40000]), 0)[0].tolist()
+    z = (-2 * np.log(((w2 >> 9) + 0.5) * 2.0**-23)) ** 0.5 * np.sin(2 * np.pi * (w3 >> 8) * 2.0**-24)
+    assert abs(large.view(4, -1)[3, 40000] - z) < 2e-6
 
 
-def test_normals_are_normal_and_distinct():
-    z = kernels.normal(torch.arange(8), ZERO, (3, 64, 64), stream=16).double()
+def test_normals_are_normal_and_distinct(device):
+    z = kernels.normal(torch.arange(SAMPLES, device=device), ZERO.to(device), (3, 64, 64), stream=16).double().cpu()
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
-    # 98,304 draws from about 2^46 pairs: the fp32 values repeat only where fp32 itself is coarse.
+    # Draws out of about 2^46: values repeat only where fp32 itself is coarse.
     assert z.flatten().float().unique().numel() > 0.985 * z.numel()
-    flat = z.view(8, -1)
+    flat = z.view(SAMPLES, -1)
     assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 5 / 12288**0.5
-    assert abs((flat[:, 1:] * flat[:, :-1]).mean()) < 0.015
+    assert abs((flat[:, 1:] * flat[:, :-1]).mean()) < 5 / z.numel() ** 0.5
+
+
+def test_uniforms_are_uniform_and_distinct(device):
+    u = kernels.uniform_field(torch.arange(SAMPLES, device=device), ZERO.to(device), (4096,), stream=2**16).double().cpu().flatten()
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    assert 0 < u.min() and u.max() < 1 and u.unique().numel() > 0.99 * u.numel()
 
 
 def test_streams_positions_and_seeds_differ():
-    draws = [
-        kernels.normal(torch.tensor([s]), torch.tensor([p]), (16,), stream=stream)
-        for s in (0, 1, 2**32)
-        for p in (0, 1, 2**32)
-        for stream in (0, 16, 17)
-    ]
-    assert len({tuple(draw[0].tolist()) for draw in draws}) == 27
+    keys = [(seed, position, stream) for seed in (0, 1, 2**32) for position in (0, 1, 2**32) for stream in (0, 16, 17)]
+    draws = {tuple(kernels.normal(torch.tensor([s]), torch.tensor([p]), (16,), stream=t)[0].tolist()) for s, p, t in keys}
+    assert len(draws) == len(keys)
+
+
+@pytest.mark.slow
+def test_registered_ops_keep_their_contract(device):
+    for op in (torch.ops.fastcm.normal.default, torch.ops.fastcm.uniform_field.default):
+        torch.library.opcheck(op, (SEEDS.to(device), ZERO.to(device), (3, 5, 7), 16))
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break(device):
+    def draw(seed, position):
+        return kernels.normal(seed, position, (3, 4, 4), stream=16) + kernels.uniform_field(seed, position, (3, 4, 4), stream=17)
+
+    compiled = torch.compile(draw, fullgraph=True, backend="eager")
+    for batch in (4, 3):
+        seed, position = SEEDS[:batch].to(device), POSITIONS[:batch].to(device)
+        torch.testing.assert_close(compiled(seed, position), draw(seed, position))
+
+
+@pytest.mark.slow
+def test_exports_by_the_reference_with_any_batch():
+    class Draw(torch.nn.Module):
+        def forward(self, seed):
+            return kernels.normal(seed, torch.zeros_like(seed), (1, 5, 5), stream=16)
+
+    with using("triton"):
+        program = torch.export.export(Draw(), (SEEDS,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert "fastcm" not in str(program.graph)
+    seed = torch.arange(7)
+    assert torch.equal(program.module()(seed), kernels.normal(seed, ZERO, (1, 5, 5), stream=16))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +132,7 @@ def test_streams_positions_and_seeds_differ():
         ((torch.zeros(1), ZERO, (4,), 0), r"normal\(seed\): float32\. Use int64"),
         ((ZERO, torch.zeros(1, dtype=torch.int32), (4,), 0), r"normal\(position\): int32\. Use int64"),
         ((torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), (4,), 0), r"normal\(position\): \[2\]\. Use \[3\]"),
+        ((ZERO, ZERO.to("meta"), (4,), 0), r"wrong device in normal\(position\): meta\. Move it to cpu"),
         ((5, ZERO, (4,), 0), r"normal\(seed\): int"),
         ((ZERO, ZERO, (4,), -1), r"normal\(stream\): -1"),
     ],
@@ -123,3 +141,54 @@ def test_normal_names_the_bad_argument(arguments, message):
     seed, position, shape, stream = arguments
     with pytest.raises(ValueError, match=message):
         kernels.normal(seed, position, shape, stream=stream)
+
+
+@pytest.mark.gpu
+def test_every_value_of_u_on_a_gpu():
+    """All 2^23 radii, at four angles, within 1e-5 of float64."""
+    from fastcm.kernels.launch import tl, triton
+    from fastcm.kernels.quarter_layout import box_muller
+
+    @triton.jit
+    def radii_kernel(p_out, angle, box_muller: tl.constexpr, BLOCK: tl.constexpr):
+        o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        z0, z1 = box_muller((o_k << 9).to(tl.uint32), (o_k * 0 + angle).to(tl.uint32), 1)
+        tl.store(p_out + o_k, z0)
+        tl.store(p_out + 8388608 + o_k, z1)
+
+    radius = torch.sqrt(-2 * torch.log((torch.arange(2**23, dtype=torch.float64, device="cuda") + 0.5) * 2.0**-23))
+    for angle in (0, 1 << 29, 3 << 29, 0x7FFFFF00):
+        out = torch.empty(2, 2**23, device="cuda")
+        radii_kernel[(2**23 // 1024,)](out, angle, box_muller, BLOCK=1024)
+        theta = 2 * np.pi * (angle >> 8) * 2.0**-24
+        assert (out[0] - radius * np.cos(theta)).abs().max() < 1e-5
+        assert (out[1] - radius * np.sin(theta)).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31_elements():
+    batch, shape, zero = 2**31 // 12288 + 3, (3, 64, 64), ZERO.cuda()
+    positions = torch.arange(batch, device="cuda")
+    with using("triton"):
+        noise = kernels.normal(zero, positions, shape, stream=0)
+        assert torch.equal(noise[-1], kernels.normal(zero, positions[-1:], shape, stream=0)[0])
+        assert torch.equal(noise[5], kernels.normal(zero, positions[5:6], shape, stream=0)[0])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_fresh_noise_at_each_replay():
+    seed, position = torch.tensor([3], device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    with using("triton"):
+        kernels.normal(seed, position, (3, 8, 8), stream=0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            noise = kernels.normal(seed, position, (3, 8, 8), stream=0)
+    for first in (0, 4, 2**35):
+        position.copy_(torch.arange(first, first + 4))
+        graph.replay()
+        assert (noise.cpu() - exact_normals(seed.cpu(), position.cpu(), (3, 8, 8), 0)).abs().max() < 1e-5
+
+
+def test_auto_takes_the_reference_on_the_cpu():
+    with using("auto"):
+        assert launch.chosen("philox", ZERO) == "reference"
