@@ -19,7 +19,8 @@ class FlatOptimizer:
         self.config = config
         self.student, self.target = student, target
         first = next(student.parameters())
-        self.layout = FlatLayout(student, channels_last=first.is_cuda)
+        # Channels-last convolutions are the fast ones on CUDA, and on a CPU in fp32 (bf16 there prefers the plain layout).
+        self.layout = FlatLayout(student, channels_last=first.is_cuda or dtype == torch.float32)
         self.buffers: dict[str, Tensor] = {"weights": self.layout.gather(list(student.parameters()), like=first.detach().float())}
         master = self.buffers["weights"]
         if target is not None:
