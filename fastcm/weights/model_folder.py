@@ -55,7 +55,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"missing file: {path}. Give the folder of a fastcm model or run.") from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         head = path.read_bytes()[:64] if path.is_file() else b""
-        kind = "a Git LFS pointer (run git lfs pull)" if head.startswith(b"version https://git-lfs") else f"not a complete safetensors file ({error})"
+        kind = (
+            "a Git LFS pointer (run git lfs pull)"
+            if head.startswith(b"version https://git-lfs")
+            else f"not a complete safetensors file ({error})"
+        )
         raise InputError(f"unreadable weights in {path}: {kind}. Copy or download the file again.") from None
 
 
@@ -104,7 +108,9 @@ def load_model(folder: Path, *, network: nn.Module | None = None) -> tuple[Denoi
     if config.get("format") != FORMAT:
         raise InputError(f"unknown format in {folder / CONFIG_NAME}: {config.get('format')}. Expected {FORMAT}.")
     if config.get("version") != VERSION:
-        raise InputError(f"unknown version in {folder / CONFIG_NAME}: {config.get('version')}. This fastcm reads version {VERSION}; upgrade it.")
+        raise InputError(
+            f"unknown version in {folder / CONFIG_NAME}: {config.get('version')}. This fastcm reads version {VERSION}; upgrade it."
+        )
     try:
         preconditioning = Preconditioning(**config["preconditioning"])
         options = dict(config["network"])
@@ -125,8 +131,12 @@ def fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     """Puts `state` into the network without a second copy; names up to three keys that do not fit."""
     expected = network.state_dict()
     wrong = [f"{k} (missing)" for k in expected if k not in state] + [f"{k} (unexpected)" for k in state if k not in expected]
-    wrong += [f"{k} {list(state[k].shape)} for {list(expected[k].shape)}" for k in expected if k in state and state[k].shape != expected[k].shape]
+    wrong += [
+        f"{k} {list(state[k].shape)} for {list(expected[k].shape)}" for k in expected if k in state and state[k].shape != expected[k].shape
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"weights of another architecture in {source}: {', '.join(wrong[:3])}{more}. Check that config and weights belong together.")
+        raise InputError(
+            f"weights of another architecture in {source}: {', '.join(wrong[:3])}{more}. Check that config and weights belong together."
+        )
     network.load_state_dict(state, assign=True)
