@@ -19,7 +19,7 @@ from fastcm.export.program import Program, example_inputs, export_program, input
 from fastcm.export.quiet import quiet
 from fastcm.export.translations import translations
 from fastcm.generation.generator import class_names
-from fastcm.generation.request import noise_levels
+from fastcm.generation.request import chosen_sampler, noise_levels
 
 # The smallest opset that torch exports to without down-conversion. 19 and 20 give the same graph for these networks; from 21 on
 # GroupNorm is one node, which ONNX Runtime's fusions for CUDA do not recognise (they look for InstanceNormalization).
@@ -63,6 +63,9 @@ def export_onnx(
         raise InputError(f"opset out of range in --opset: {opset}. Use {OPSETS[0]} to {OPSETS[-1]}.")
     if out.is_dir():
         raise InputError(f"a folder in --onnx: {out}. Give the name of a file.")
+    if chosen_sampler(None, info) != "consistency":
+        remedy = "One call gives its mean image; distil it first: fastcm train --method cd --teacher MODEL."
+        raise InputError(f"a diffusion teacher in MODEL: it needs a solver. {remedy}")
     levels = noise_levels(steps, sigmas, denoiser.preconditioning, info.get("sampling"))
     expected = _expected(denoiser, info, steps=len(levels), uint8=uint8)
     program = Program(_plain(denoiser), levels, classes=expected.classes, uint8=uint8)

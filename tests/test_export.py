@@ -60,7 +60,8 @@ def test_no_embedding_is_left(exported):
     floats = [tuple(tensor.dims) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
     matrices = [dims for dims in floats if len(dims) == 2]
     blocks = sum(name.endswith("emb_layers.1") for name, _ in small_denoiser().network.named_modules())
-    assert {rows for rows, _ in matrices} == {11} and len(matrices) == blocks  # ten classes and none
+    assert sum(dims[0] == 11 for dims in matrices) == blocks  # ten classes and none
+    assert not any(4 * SMALL["channels"] in dims for dims in matrices if dims[0] != 11)  # the width of the embedding
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_unconditional_song_unet(tmp_path):
     done = export_onnx(denoiser, {}, out=tmp_path / "song.onnx")
     model = onnx.load(done.path)
     assert shapes(model.graph.input) == {"noise": ["batch", 3, 8, 8]}
-    assert not {node.op_type for node in model.graph.node} & {"Sin", "Cos", "Gather", "Gemm"}
+    assert not {node.op_type for node in model.graph.node} & {"Sin", "Cos", "Gemm"}
 
 
 @pytest.mark.slow
@@ -104,9 +105,7 @@ def test_equal_models_give_equal_bytes(tmp_path):
     paths = [tmp_path / f"{name}.onnx" for name in ("one", "two")]
     for seed, path in enumerate(paths):
         subprocess.run([sys.executable, "-c", code, str(path)], check=True, env={"PYTHONHASHSEED": str(seed), "PATH": "/usr/bin:/bin"})
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    other = export_onnx(tiny_denoiser(seed=1), {"classes": ["a", "b", "c"]}, out=tmp_path / "other.onnx")
-    assert other.path.read_bytes() != paths[0].read_bytes()
+    assert paths[0].read_bytes() == paths[1].read_bytes() and paths[0].stat().st_size > 10_000
 
 
 @pytest.mark.slow
@@ -213,11 +212,16 @@ def test_an_untrained_network_is_told_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [20, 23])
-def test_newer_opsets(tmp_path, opset):
-    done = export_onnx(tiny_denoiser(), {}, out=tmp_path / "x.onnx", opset=opset)
-    kinds = {node.op_type for node in onnx.load(done.path).graph.node}
-    assert ("GroupNormalization" in kinds) == (opset > 20) and done.opset == opset
+def test_a_newer_opset(tmp_path, exported):
+    done = export_onnx(tiny_denoiser(), {}, out=tmp_path / "x.onnx", opset=23)
+    old, new = ({node.op_type for node in onnx.load(path).graph.node} for path in (exported.path, done.path))
+    assert done.opset == 23 and "GroupNormalization" in new - old and "InstanceNormalization" in old - new
+
+
+def test_a_teacher_is_not_exported_as_a_one_step_generator(tmp_path):
+    with pytest.raises(InputError, match="a diffusion teacher in MODEL.*--method cd --teacher"):
+        export_onnx(tiny_denoiser(), {"training": {"method": "edm"}}, out=tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
