@@ -172,8 +172,9 @@ def _launch_fwd(
     needs_gradient,
 ):  # fmt: skip
     value, gradient = outputs = _empty_outputs(
-        x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c, needs_gradient
-    )
+        x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c,
+        needs_gradient,
+    )  # fmt: skip
     batch, n = value.shape[0], F_student[0].numel() if F_student.shape[0] else 0
     if batch == 0 or n == 0:
         return value.zero_(), gradient
