@@ -20,8 +20,8 @@ from fastcm.kernels.quarter_layout import quarter_counters, quarter_lanes, store
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-# Temporaries of this many int64 counters stay in a second-level cache; larger ones are page-faulted anew at every operation.
-_CPU_COUNTERS = 8192
+# The CPU works in blocks of this many counters, whose temporaries fit a third-level cache.
+_CPU_COUNTERS = 1 << 17
 
 
 def philox_words(seed: Tensor, position: Tensor, counters: Tensor, *, stream: int) -> Tensor:
@@ -76,12 +76,14 @@ def _rounds(seed: Tensor, position: Tensor, counter: Tensor, stream: int) -> tup
     rounds = torch.arange(10, dtype=torch.int64, device=seed.device)
     keys_0 = (((seed & _MASK)[..., None] + rounds * _KEY_A) & _MASK).unbind(-1)
     keys_1 = ((((seed >> 32) & _MASK)[..., None] + rounds * _KEY_B) & _MASK).unbind(-1)
-    c0, c1, c2, c3 = counter, position & _MASK, (position >> 32) & _MASK, torch.full_like(counter, stream)
+    words = torch.broadcast_tensors(counter, position & _MASK, (position >> 32) & _MASK, torch.full_like(counter, stream), seed)[:4]
+    c0, c1, c2, c3 = (word.clone(memory_format=torch.contiguous_format) for word in words)
     for k0, k1 in zip(keys_0, keys_1, strict=True):
-        # 32 x 32 -> 64 bit products overflow int64 into the sign; every bit is right, and the mask after the shift drops the sign's copies.
-        p0, p2 = c0 * _ROUND_A, c2 * _ROUND_B
-        c0 = ((p2 >> 32) ^ (c1 ^ k0)) & _MASK
-        c2 = ((p0 >> 32) ^ (c3 ^ k1)) & _MASK
+        # In place: fresh memory costs the CPU more than the arithmetic. The products overflow int64 into its sign; every bit is right,
+        # and the mask after the shift drops the copies of the sign.
+        p0, p2 = c0.mul_(_ROUND_A), c2.mul_(_ROUND_B)
+        c0 = c1.bitwise_xor_(p2 >> 32).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = c3.bitwise_xor_(p0 >> 32).bitwise_xor_(k1).bitwise_and_(_MASK)
         c1, c3 = p2, p0
     return c0, c1, c2, c3
 
@@ -99,12 +101,12 @@ def _normals(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """[B, q] words -> [B, 4, q] normals."""
     u = _uniforms(torch.stack((w0, w2), dim=1))
     # The 24-bit angle taken as signed: theta - 2 pi in its upper half, where fp32 is finer.
-    theta = ((torch.stack((w1, w3), dim=1) << 32) >> 40).float().mul_(math.tau * 2.0**-24)
+    theta = torch.stack((w1, w3), dim=1).bitwise_left_shift_(32).bitwise_right_shift_(40).float().mul_(math.tau * 2.0**-24)
     # 1 - u is exact, so the series keeps the relative precision that a fast logarithm loses near 1. Both branches are positive.
     v = 1.0 - u
-    minus_log = torch.where(u > 1.0 - 2.0**-6, v * (1.0 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4)))), -u.log())
-    radius = minus_log.mul_(2.0).sqrt_()
-    return torch.stack((radius * theta.cos(), radius * theta.sin()), dim=2).flatten(1, 2)
+    series = v.mul(1 / 4).add_(1 / 3).mul_(v).add_(1 / 2).mul_(v).add_(1.0).mul_(v)
+    radius = torch.where(u > 1.0 - 2.0**-6, series, u.log().neg_()).mul_(2.0).sqrt_()
+    return torch.stack((theta.cos().mul_(radius), theta.sin().mul_(radius)), dim=2).flatten(1, 2)
 
 
 def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, transform: Callable[..., Tensor]) -> Tensor:
@@ -112,7 +114,7 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
     quarter = (elements + 3) // 4
     batch = _batch(seed, position)
     counters = torch.arange(quarter, dtype=torch.int64, device=seed.device)
-    seed, position = seed[:, None].expand(batch, 1), position[:, None].expand(batch, 1)
+    seed, position = seed[:, None], position[:, None].expand(batch, 1)
     if seed.is_cpu and not torch.compiler.is_compiling() and batch * quarter > _CPU_COUNTERS:
         field = torch.empty(batch, 4, quarter)
         samples = max(1, _CPU_COUNTERS // quarter)
@@ -120,7 +122,9 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
             rows = slice(b, b + samples)
             for i in range(0, quarter, _CPU_COUNTERS):
                 part = slice(i, i + _CPU_COUNTERS)
-                field[rows, :, part] = transform(*_rounds(seed[rows], position[rows], counters[part][None], stream))
+                field[rows, :, part] = transform(
+                    *_rounds(seed if seed.shape[0] == 1 else seed[rows], position[rows], counters[part][None], stream)
+                )
     else:
         field = transform(*_rounds(seed, position, counters[None], stream))
     return field.view(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
