@@ -12,6 +12,7 @@ from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, RunError, nearest
 from fastcm.generation.cuda_graph import CapturedBatch
+from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
 from fastcm.generation.request import check_output, chosen_sampler, finished, label_array, noise_levels, seed_array
 from fastcm.generation.sampler import TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
@@ -52,7 +53,7 @@ def class_names(denoiser: Denoiser, info: dict) -> list[str] | None:
     return [str(number) for number in range(count)] if count else None
 
 
-class Generator:
+class Generator(EditingTasks):
     """generator(seeds, labels) -> images. Safe to call from many threads; `.denoiser` is D(x, sigma, labels) in fp32, unfolded.
 
     denoiser: moved to `device` and put in eval mode. info: the model's config.json (resolution, channels, classes, sampling).
@@ -74,6 +75,7 @@ class Generator:
         self._worker = self._working_copy()
         self._frozen: dict[float, FrozenLevel] = {}
         self._graphs: dict[tuple, CapturedBatch] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._lock = threading.Lock()
         elements = CUDA_ELEMENTS if self.device.type == "cuda" else CPU_ELEMENTS
         self.batch_size = max(1, elements // (self.channels * self.resolution**2))
@@ -137,7 +139,7 @@ class Generator:
             start += len(images)
 
     def _run(self, steps: int | None, sigmas, sampler: str | None):
-        """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; key names it among the CUDA graphs."""
+        """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; None as key: no CUDA graph."""
         p = self.denoiser.preconditioning
         sampler = chosen_sampler(sampler, self.info)
         if sampler == "consistency":
@@ -163,10 +165,11 @@ class Generator:
             images = D_x.permute(0, 2, 3, 1).contiguous() if output == "float" else kernels.to_uint8(D_x, layout="NHWC")
             return images, D_x.flatten(1).isfinite().all(dim=1)
 
-        if self.device.type == "cuda":
+        if key is not None and self.device.type == "cuda":
             images, finite = self._replay((key, output == "float"), draw_images, seeds, labels)
         else:
-            images, finite = draw_images(*(None if array is None else torch.from_numpy(array.copy()) for array in (seeds, labels)))
+            tensors = [None if array is None else torch.from_numpy(array.copy()).to(self.device) for array in (seeds, labels)]
+            images, finite = (result.cpu() for result in draw_images(*tensors))
         bad = seeds[~finite.numpy()]
         if len(bad):
             cause = f"The weights are broken, or overflow in {self.precision}: try --precision fp32."
@@ -180,5 +183,5 @@ class Generator:
         with self._lock, torch.cuda.device(self.device):
             tensors = [None if array is None else torch.from_numpy(array).to(self.device) for array in padded]
             if (*key, size) not in self._graphs:
-                self._graphs[(*key, size)] = CapturedBatch(draw_images, *tensors)
+                self._graphs[(*key, size)] = CapturedBatch(draw_images, *tensors, pool=self._pool)
             return [output[: len(seeds)].cpu() for output in self._graphs[(*key, size)](*tensors)]

@@ -62,6 +62,15 @@ def save_png(path: Path, image: Image.Image, *, text: dict[str, str] | None = No
     write_atomically(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=entries))
 
 
+def save_gif(path: Path, frames: Sequence[Image.Image], *, frame_ms: int = 80) -> None:
+    """Writes an endless animation."""
+
+    def write(temporary: Path) -> None:
+        frames[0].save(temporary, format="GIF", save_all=True, append_images=list(frames[1:]), duration=frame_ms, loop=0)
+
+    write_atomically(Path(path), write)
+
+
 def save_npz(path: Path, images: np.ndarray, *, labels: np.ndarray | None = None, seeds: np.ndarray | None = None) -> None:
     """Writes arr_0 uint8 [N, H, W, C], arr_1 int64 labels where there are any, and seeds int64."""
     arrays = {"arr_0": images}
