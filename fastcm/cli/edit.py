@@ -23,7 +23,7 @@ def add(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an OpenAI .pt or an EDM .pkl")
     parser.add_argument("--image", metavar="FILE", type=Path, help="the picture, scaled to the model's size and cut to the centre square")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--mask", metavar="FILE", type=Path, help="inpaint: white (128 or more) is generated; of the picture's or model's size")
+    where.add_argument("--mask", metavar="FILE", type=Path, help="inpaint: white (128 or more) is generated; the picture's or model's size")
     where.add_argument("--box", metavar="X0,Y0,X1,Y1", type=box, help="inpaint: the rectangle to generate, in the model's pixels")
     parser.add_argument("--factor", metavar="P", type=int, default=4, help="superres: the enlargement (default: 4)")
     parser.add_argument("--sigma", metavar="S", type=float, help="denoise: the noise, in [-1, 1] units; stroke: the first level (5.38)")
