@@ -1,0 +1,174 @@
+"""`python -m fastcm.benchmarks.tables`: writes the tables of docs/kernels.md, and with --auto that of kernels/launch.py, from results/."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from fastcm.benchmarks.results_file import Row
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+LAUNCH = Path(__file__).resolve().parent.parent / "kernels" / "launch.py"
+# A kernel that is slower than its compiled reference by less than this is not slower: two runs of one kernel differ by as much.
+NOISE = 1.02
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastcm.benchmarks.tables", description=__doc__)
+    parser.add_argument("--auto", action="store_true", help="also rewrite the table that `auto` reads in kernels/launch.py")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is not what the results say")
+    args = parser.parse_args(argv)
+    texts = {DOCS: documented(DOCS.read_text(encoding="utf-8"))}
+    if args.auto:
+        texts[LAUNCH] = with_auto_table(LAUNCH.read_text(encoding="utf-8"))
+    stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if not args.check:
+            path.write_text(texts[path], encoding="utf-8")
+        print(f"{path.name}: {'is not what the results say' if args.check else 'written'}")
+    return 1 if stale and args.check else 0
+
+
+def latest(pattern: str) -> dict | None:
+    """Returns the content of the last results file by name (names end in a date), or None where there is none."""
+    files = sorted(RESULTS.glob(pattern))
+    return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
+
+
+def documented(text: str) -> str:
+    """Returns the page with both tables replaced by what the latest results say."""
+    ahead, measured = latest("aot-*.json"), latest("kernels-*.json")
+    text = _between(text, "aot", aot_table(ahead) if ahead else "Not compiled yet.")
+    return _between(text, "gpu", bench_table(measured) if measured else "Not measured on a GPU yet: `auto` takes the reference there.")
+
+
+def aot_table(content: dict) -> str:
+    """Returns the Markdown table of an AOT report, one line per kernel and shape; a figure for each architecture where they differ."""
+    machine, groups = content["machine"], {}
+    for row in content["rows"]:
+        groups.setdefault((row["op"], row["variant"], tuple(row["shape"]), row["kernel"]), []).append(row)
+    architectures = ", ".join(f"sm_{sm}" for sm in sorted({row["sm"] for row in content["rows"]}))
+    lines = [
+        f"Compiled for {architectures} by triton {machine['triton']} ({machine['date']}); `a / b / c` are the three architectures.",
+        "",
+        "| op | variant | shape | kernel | registers | stack, spill | instructions/element | bytes/element (floor) | loads | stores |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, variant, shape, kernel), rows in groups.items():
+        cells = [op, variant, "x".join(str(n) for n in shape), kernel, _each(rows, "registers")]
+        cells.append(f"{max(row['stack_bytes'] for row in rows)}, {max(row['spill_bytes'] for row in rows)}")
+        cells += [_each(rows, "instructions_per_element"), f"{rows[0]['bytes_per_element']:g} ({rows[0]['floor_bytes_per_element']:g})"]
+        cells += [
+            _each([{k: _widths(row[k]) for k in ("global_loads", "global_stores")} for row in rows], k)
+            for k in ("global_loads", "global_stores")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bench_table(content: dict) -> str:
+    """Returns the Markdown table of measured rows, one line per op and shape, one column per backend."""
+    machine = content["machine"]
+    lines = [
+        f"{machine['gpu'] or machine['processor']}, driver {machine['driver']}, torch {machine['torch']}, triton {machine['triton']} "
+        f"({machine['date']}); p50 in milliseconds.",
+        "",
+    ]
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["op"], row["variant"], tuple(row["shape"]), row["regime"]), {})[row["backend"]] = row
+    names = list(dict.fromkeys(backend for rows in groups.values() for backend in rows if backend != "fastcm"))
+    lines += ["| op | variant | shape | cache | " + " | ".join([*names, "fastcm", "GB/s", "% of copy", "auto takes"]) + " |"]
+    lines += ["|" + "---|" * (8 + len(names))]
+    for (op, variant, shape, regime), rows in groups.items():
+        cells = [op, variant, "x".join(str(n) for n in shape), regime]
+        cells += [_milliseconds(rows.get(name)) for name in (*names, "fastcm")]
+        own = rows.get("fastcm", {})
+        cells += [f"{own['gb_s']:.0f}" if "gb_s" in own else "-", f"{own['percent_of_copy']:.0f}" if "percent_of_copy" in own else "-"]
+        won = _wins(rows)
+        cells.append("-" if won is None else "kernel" if won else "reference")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def auto_table(rows: list[Row]) -> dict[str, tuple[tuple[int, bool], ...]]:
+    """Returns op -> ((elements, whether the kernel is taken), ...) from measured GPU rows: what `MEASURED` in kernels/launch.py holds.
+
+    A kernel is taken at a size where no variant of it is slower than its compiled reference.
+    """
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        if row["bench"] == "kernels" and row["regime"] != "cpu":
+            groups.setdefault((row["op"], row["variant"], tuple(row["shape"])), {})[row["backend"]] = row
+    decided: dict[str, dict[int, bool]] = {}
+    for (op, _, shape), backends in groups.items():
+        if (won := _wins(backends)) is not None:
+            elements = 1
+            for n in shape:
+                elements *= n
+            sizes = decided.setdefault(op, {})
+            sizes[elements] = sizes.get(elements, True) and won
+    return {op: tuple(sorted(sizes.items())) for op, sizes in sorted(decided.items())}
+
+
+def with_auto_table(text: str) -> str:
+    """Returns the source of kernels/launch.py with the table that the latest GPU results make."""
+    content = latest("kernels-*.json")
+    table = auto_table(content["rows"]) if content else {}
+    body = "".join(f'    "{op}": ({" ".join(f"{size}," for size in sizes)}),\n' for op, sizes in table.items())
+    body = f"{{\n{body}}}" if body else "{}"
+    source = f"# auto table: begin\nMEASURED: dict[str, tuple[tuple[int, bool], ...]] = {body}\n# auto table: end"
+    return re.sub(r"# auto table: begin\n.*?# auto table: end", lambda _: source, text, flags=re.DOTALL)
+
+
+def aot_line(row: Row) -> str:
+    """Returns one row of an AOT report for the terminal."""
+    where = f"{row['op']} ({row['variant']}) {'x'.join(str(n) for n in row['shape'])} {row['kernel']} sm_{row['sm']}"
+    memory = f"{row['bytes_per_element']:g} bytes/element of {row['floor_bytes_per_element']:g}"
+    accesses = f"loads {_widths(row['global_loads'])}, stores {_widths(row['global_stores'])}"
+    code = f"{row['registers']} registers, stack {row['stack_bytes']}, spill {row['spill_bytes']}"
+    return f"{where}: {code}, {row['instructions_per_element']} instructions/element, {memory}, {accesses}"
+
+
+def bench_line(row: Row) -> str:
+    """Returns one measured row for the terminal."""
+    where = f"{row['op']} ({row['variant']}) {'x'.join(str(n) for n in row['shape'])} {row['regime']} {row['backend']}"
+    if "error" in row:
+        return f"{where}: {row['error']}"
+    return f"{where}: {row['p50_ms']:.4g} ms, {row['gb_s']:.4g} GB/s, {row['percent_of_copy']:.3g} % of copy"
+
+
+def _wins(rows: dict[str, Row]) -> bool | None:
+    """Whether the kernel is not slower than its compiled reference; None where one of them has no figure."""
+    own, compiled = rows.get("fastcm", {}), rows.get("compile_reference") or rows.get("compile") or {}
+    if "p50_ms" not in own or "p50_ms" not in compiled:
+        return None
+    return own["p50_ms"] <= NOISE * compiled["p50_ms"]
+
+
+def _each(rows: list[Row], name: str) -> str:
+    values = [str(row[name]) for row in rows]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _widths(accesses: dict[str, int]) -> str:
+    return " + ".join(f"{count}x{bits}" for bits, count in sorted(accesses.items(), key=lambda item: -int(item[0]))) or "none"
+
+
+def _milliseconds(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['p50_ms']:.4g}" if "p50_ms" in row else "error"
+
+
+def _between(text: str, name: str, body: str) -> str:
+    begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"no markers of the {name} table in the page: {begin} ... {end}. Add them where the table stands.")
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
