@@ -1,0 +1,85 @@
+"""Timing of competitors in turns: one call of each per round, in shuffled order, so that a slow second of the machine meets all of them."""
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+PERCENTILES = (20, 50, 80, 95, 99)
+
+
+class Limits(NamedTuple):
+    """How long one interleaved measurement runs: at least `fewest` rounds, then until `seconds` have passed or `most` rounds are done."""
+
+    seconds: float
+    fewest: int
+    most: int
+
+
+def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_s: float = 0.0) -> dict[str, np.ndarray]:
+    """Milliseconds of call(round), fp64 [rounds] per name, on the host's clock; a call returns when its work is done.
+
+    settle_s: idle time before each call, in which the worker threads of the one before go to sleep.
+    """
+    times = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    with _no_collection():
+        began, done = time.perf_counter(), 0
+        while done < limits.fewest or (done < limits.most and time.perf_counter() - began < limits.seconds):
+            shuffle(order)
+            for name in order:
+                time.sleep(settle_s)
+                start = time.perf_counter_ns()
+                calls[name](done)
+                times[name].append((time.perf_counter_ns() - start) / 1e6)
+            done += 1
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def device_rounds(calls: dict[str, Callable[[], object]], limits: Limits) -> dict[str, np.ndarray]:
+    """As `rounds`, between two events on the current CUDA stream: without what the host does before and after."""
+    times = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    with _no_collection():
+        began, done = time.perf_counter(), 0
+        while done < limits.fewest or (done < limits.most and time.perf_counter() - began < limits.seconds):
+            shuffle(order)
+            for name in order:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                calls[name]()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+            done += 1
+    return {name: np.array(values) for name, values in times.items()}
+
+
+@contextmanager
+def _no_collection():
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def percentiles(milliseconds: np.ndarray, *, prefix: str = "") -> dict[str, float]:
+    """{"p20_ms": ..., ..., "p99_ms": ...} to four digits."""
+    values = np.percentile(milliseconds, PERCENTILES)
+    return {f"{prefix}p{percent}_ms": rounded(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+
+
+def speedup(of: np.ndarray, over: np.ndarray) -> float:
+    """How many times faster `of` was than `over`: the median of over / of, round by round."""
+    return rounded(np.median(over / of))
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
