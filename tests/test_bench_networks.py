@@ -1,3 +1,5 @@
+"""The network benchmark writes the rows of the contract."""
+
 import json
 
 from fastcm.benchmarks import bench_networks

@@ -1,3 +1,5 @@
+"""fastcm convert: around all formats, refusals that create nothing."""
+
 import pytest
 import torch
 from edm_pickle import write_pickle

@@ -1,3 +1,5 @@
+"""EDM and ECT pickles: the published layout and outputs, hostile and broken files."""
+
 import os
 import pickle
 import random
@@ -258,7 +260,7 @@ def test_damaged_files_only_ever_raise_input_errors(tmp_path):
     data = (tmp_path / "good.pkl").read_bytes()
     generator = random.Random(0)
     refused = 0
-    for _ in range(60):
+    for _ in range(24):
         broken = bytearray(data)
         for _ in range(generator.choice((1, 4, 16))):
             broken[generator.randrange(0, len(broken))] = generator.randrange(256)
@@ -268,4 +270,4 @@ def test_damaged_files_only_ever_raise_input_errors(tmp_path):
         except InputError as error:
             refused += 1
             assert "\n" not in str(error)
-    assert refused > 5
+    assert refused > 2

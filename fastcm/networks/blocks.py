@@ -29,7 +29,7 @@ def forward_mode_active() -> bool:
 class GroupNorm(nn.Module):
     """GroupNorm, then norm * (1 + scale) + shift where those are given, then SiLU unless `silu=False`; one kernel on CUDA.
 
-    x [B, C, H, W] in the dtype of the parameters, scale and shift [B, C]; returns the shape, dtype and memory format of x.
+    x [B, C, H, W] in the dtype of the parameters, scale and shift [B, C] or [1, C]; returns the shape, dtype and memory format of x.
     """
 
     def __init__(self, channels: int, *, groups: int | None = None, eps: float = 1e-5, silu: bool = True):
@@ -42,6 +42,8 @@ class GroupNorm(nn.Module):
 
     def forward(self, x, scale=None, shift=None):
         if x.is_cuda or forward_mode_active():
+            if scale is not None:  # one row for the whole batch where the noise level is a constant
+                scale, shift = scale.expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
             return kernels.group_norm(x, self.groups, self.weight, self.bias, eps=self.eps, scale=scale, shift=shift, silu=self.silu)
         x = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         if scale is not None:
