@@ -43,7 +43,7 @@ def digits(method: str = "ict", *, teacher: str | None = None) -> TrainConfig:
     optimizer = OptimizerConfig(kind="radam", lr=2e-3, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(30.0,), ema_rampup=0.1)
     loss = objective(method)
     if method == "ict":
-        loss = replace(loss, P_mean=0.6, P_std=1.8, s1=80)
+        loss = replace(loss, P_mean=0.6, P_std=1.8, s1=40)
     return TrainConfig(
         preset="digits", method=method, data="digits", network=network, noise=noise(method), objective=loss,
         optimizer=optimizer, duration_kimg=192.0, batch=64, resolution=8, teacher=teacher,
