@@ -69,6 +69,9 @@ def chosen(op: str, x: Tensor, *, elements: int | None = None, differentiated: S
     # A registered op under forward mode gives a tangent of zero without an error (torch 2.13), so the reference is taken there.
     if torch.compiler.is_exporting() or forward_ad._current_level >= 0:
         return "reference"
+    # Nor do torch.func's other transforms pass through the backward of a registered op.
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return "reference"
     if not x.is_cuda and not (INTERPRETED and _use == "triton"):
         return "reference"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):
