@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastcm import kernels
 from fastcm.errors import InputError
 from fastcm.networks import UNet, UNetConfig, build
 from fastcm.networks.blocks import GroupNorm, norm_groups, sinusoidal_embedding
@@ -187,6 +188,28 @@ def test_exports_with_a_symbolic_batch():
     for size in (1, 2, 5):
         arguments = inputs(network, size)
         torch.testing.assert_close(program.module()(*arguments), network(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("scale_shift_norm", [True, False])
+def test_cuda_agrees_with_cpu(implementation, scale_shift_norm):
+    network = make(num_classes=5, scale_shift_norm=scale_shift_norm)
+    arguments = inputs(network)
+    expected = network(*arguments)
+    expected.square().sum().backward()
+    gradient = network.input_blocks[0][0].weight.grad.clone()
+    network.zero_grad()
+    network.to("cuda", memory_format=torch.channels_last)
+    x, c_noise, labels = (argument.cuda() for argument in arguments)
+    kernels.use(implementation)
+    try:
+        out = network(x.contiguous(memory_format=torch.channels_last), c_noise, labels)
+        out.square().sum().backward()
+    finally:
+        kernels.use("auto")
+    torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)  # convolutions may use TF32
+    torch.testing.assert_close(network.input_blocks[0][0].weight.grad.cpu(), gradient, rtol=5e-2, atol=5e-2 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize(
