@@ -30,7 +30,7 @@ def plain_network(network: nn.Module) -> nn.Module:
         if isinstance(module, GroupNorm):
             module.__class__ = PlainGroupNorm
         elif isinstance(module, Dropout):
-            network.set_submodule(name, nn.Dropout(module.p))
+            network.set_submodule(name, nn.Dropout(module.p).train(module.training))
     return network
 
 

@@ -113,7 +113,8 @@ def _commit() -> str | None:
     commit = _answer("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     if commit is None or _answer("git", "-C", here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    return f"{commit}+changes" if _answer("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else commit
+    changes = _answer("git", "-C", here, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)*.json")
+    return f"{commit}+changes" if changes else commit
 
 
 def _answer(*command: str) -> str | None:

@@ -1,0 +1,193 @@
+"""Images per second of consistency training: fastcm's step beside the step of the published PyTorch code, eager and under torch.compile."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastcm.benchmarks.interleaved import Limits, percentiles, rounded, rounds, speedup
+from fastcm.benchmarks.models import MODELS, forward_flops
+from fastcm.benchmarks.options import add_options, names, one_line, sizes
+from fastcm.benchmarks.results_file import ResultsFile, Row
+from fastcm.benchmarks.step_split import PHASES
+from fastcm.benchmarks.train_backends import BACKENDS, Backend, Job, build, synchronize
+from fastcm.generation.generator import choose_device
+
+IDENTITY = ("bench", "model", "batch", "backend", "device", "precision")
+ANCHORS = ("published_step", "fastcm")
+# Each takes minutes to compile, so each has a measurement of its own, beside the anchors.
+COMPILED = ("fastcm_compile", "compile")
+# A step is a pass forward of the student, one of the target, and one backward that costs two forward.
+PASSES = 4
+# Dense bf16 products, TFLOP/s, from the makers' data sheets; the first name that the device's contains.
+BF16_TFLOP_S = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+    "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures what is asked for, prints a table per model and batch, and returns 1 if a backend failed."""
+    args = parse(argv)
+    device = choose_device(args.device)
+    results = ResultsFile(args.json, identity=IDENTITY)
+    ceiling = matmul_tflop_s(device)
+    failed = False
+    for model in (MODELS[name] for name in names(args.model, MODELS, "--model", default_models(device, args.quick))):
+        default = model.train_batches.get(device.type, (4,))
+        for batch in sizes(args.batch, "--batch", default[:1] if args.quick else default):
+            job = Job(model, batch, device, args.precision, args.baseline_precision)
+            wanted = names(args.backend, BACKENDS, "--backend", default_backends(device, args.quick))
+            for session in sessions(wanted):
+                new = [name for name in session if results.find(identity(name, job)) is None]
+                if new:
+                    rows = measure(job, session, new, limits(device, args.seconds, args.quick), ceiling)
+                    results.add(*rows)
+                    failed |= any("error" in row for row in rows)
+                    print(*table(rows), sep="\n", flush=True)
+    return int(failed)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fastcm bench train", description=__doc__)
+    add_options(parser, models=MODELS, backends=BACKENDS)
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of fastcm (default: as its users get it)")
+    parser.add_argument(
+        "--baseline-precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the others (auto: bf16 on CUDA, fp32 on a CPU)"
+    )
+    return parser.parse_args(argv)
+
+
+def default_models(device: torch.device, quick: bool) -> list[str]:
+    return ["digits"] if quick else [name for name, model in MODELS.items() if device.type in model.train_batches]
+
+
+def default_backends(device: torch.device, quick: bool) -> list[str]:
+    """On CUDA fastcm compiles by itself; on a CPU, where it does not, its compiled step is left out of a quick run."""
+    return [name for name in BACKENDS if name != "fastcm_compile" or (device.type == "cpu" and not quick)]
+
+
+def limits(device: torch.device, seconds: float | None, quick: bool) -> Limits:
+    if seconds is None:
+        seconds = 15 if quick else 60
+    return Limits(seconds, fewest=20 if device.type == "cuda" else 5, most=500)
+
+
+def sessions(wanted: Sequence[str]) -> list[list[str]]:
+    """The backends that are measured in turns: the anchors, then each compiled one beside them."""
+    anchors = [name for name in wanted if name in ANCHORS]
+    return ([anchors] if anchors else []) + [[*anchors, name] for name in wanted if name in COMPILED]
+
+
+def identity(name: str, job: Job) -> Row:
+    return {
+        "bench": "train", "model": job.model.name, "batch": job.batch, "backend": name,
+        "device": job.device.type, "precision": job.precision_of(name),
+    }  # fmt: skip
+
+
+def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits, ceiling: float | None) -> list[Row]:
+    """Builds the session's backends, times blocks of steps in turns, then their parts, and returns the rows of the `new` ones."""
+    built: dict[str, Backend] = {}
+    rows = {name: identity(name, job) for name in session}
+    for name in session:
+        try:
+            built[name] = build(name, job)
+        except Exception as error:  # out of memory, a compiler's error: the others are measured all the same
+            rows[name]["error"] = one_line(error)
+    # A device works through a queue of steps: it is waited for once per block, as in training.
+    block = 10 if job.device.type == "cuda" else 1
+
+    def steps(backend: Backend):
+        def run(turn: int) -> None:
+            for _ in range(block):
+                backend.step()
+            synchronize(job.device)
+
+        return run
+
+    try:
+        times = rounds({name: steps(backend) for name, backend in built.items()}, limit) if built else {}
+        for name, backend in built.items():
+            rows[name] |= figures(name, {key: values / block for key, values in times.items()}, job, ceiling)
+            rows[name] |= backend.split(job.device, steps=10 if block > 1 else 5) | {"startup_s": rounded(backend.startup_s)}
+            if backend.peak_bytes is not None:
+                rows[name]["peak_memory_gb"] = rounded(backend.peak_bytes / 1e9)
+    except torch.OutOfMemoryError as error:  # each fitted alone, not all beside each other
+        for name in built:
+            rows[name]["error"] = one_line(error)
+    built.clear()
+    torch.compiler.reset()
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [row for name, row in rows.items() if name in new]
+
+
+def figures(name: str, times: dict[str, np.ndarray], job: Job, ceiling: float | None) -> Row:
+    """Percentiles of a step, images per second, the share of the device's arithmetic, and comparisons round by round."""
+    images_per_s = 1000 * job.batch / float(np.median(times[name]))
+    tflop_s = PASSES * forward_flops(job.model) * images_per_s / 1e12
+    row = {
+        **percentiles(times[name]), "images_per_s": rounded(images_per_s), "rounds": len(times[name]), "tflop_s": rounded(tflop_s),
+    }  # fmt: skip
+    rate = device_tflop_s(job.device)
+    if rate is not None and job.precision_of(name) == "bf16":
+        row["mfu_percent"] = rounded(100 * tflop_s / rate)
+    if ceiling is not None and job.precision_of(name) == "bf16":
+        row["percent_of_matmul"] = rounded(100 * tflop_s / ceiling)
+    if "published_step" in times and name != "published_step":
+        row["speedup_over_published_step"] = speedup(times[name], times["published_step"])
+    if "fastcm" in times and name != "fastcm":
+        row["speedup_of_fastcm"] = speedup(times["fastcm"], times[name])
+    return row
+
+
+def device_tflop_s(device: torch.device) -> float | None:
+    """The data sheet's dense bf16 rate of a CUDA device, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(rate) for known, rate in BF16_TFLOP_S.items() if all(word in name for word in known.split())), None)
+
+
+def matmul_tflop_s(device: torch.device) -> float | None:
+    """What a large bf16 product of random matrices reaches on a CUDA device, the median of 20; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    size, seconds = 8192, []
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for turn in range(25):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize(device)
+        if turn >= 5:
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.median(seconds)) / 1e12
+
+
+COLUMNS = ("p50_ms", "images_per_s", "speedup_over_published_step", "speedup_of_fastcm", "mfu_percent", "peak_memory_gb", "startup_s")
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines of text: figures, then the split of each step in percent."""
+    head = f"{'model':12}{'batch':>6} {'backend':16}{'precision':10}"
+    lines = [head + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS)]
+    for row in rows:
+        head = f"{row['model']:12}{row['batch']:>6} {row['backend']:16}{row['precision']:10}"
+        if "error" in row:
+            lines.append(f"{head}  failed: {row['error']}")
+            continue
+        lines.append(head + "".join(f"{row.get(column, '-'):>{len(column) + 2}}" for column in COLUMNS))
+        whole = sum(row[f"{phase}_ms"] for phase in PHASES)
+        lines.append("    " + ", ".join(f"{phase} {100 * row[f'{phase}_ms'] / whole:.1f} %" for phase in PHASES))
+    return lines
+
+
+if __name__ == "__main__":
+    from fastcm import cli
+
+    sys.exit(cli.main(["bench", "train", *sys.argv[1:]]))
