@@ -255,3 +255,12 @@ def test_resume_with_a_compiled_network(tmp_path, monkeypatch):
         small_run(tmp_path / "parts", compile="on")
     small_run(tmp_path / "parts", compile="on")
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_model_folder_has_a_card_and_equal_runs_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        small_run(tmp_path / name, kimg=0.032)
+    card = (tmp_path / "a" / "model" / "README.md").read_text()
+    assert "consistency model" in card and "| images seen | 32 |" in card and "| classes | 10: 0, 1," in card
+    for file in sorted(p.name for p in (tmp_path / "a" / "model").iterdir()):
+        assert (tmp_path / "a" / "model" / file).read_bytes() == (tmp_path / "b" / "model" / file).read_bytes(), file

@@ -211,13 +211,16 @@ class _Session:
             self._save_model(self.folder.path / "best")
 
     def _averaged(self) -> dict[str, Tensor]:
-        return self.trainer.optimizer.average(0)
+        """The network's state dict with the first average in the place of the weights; buffers are the student's."""
+        average = self.trainer.optimizer.average(0)
+        buffers = self.trainer.optimizer.student.state_dict()
+        return {name: average[name] if name in average else tensor.clone() for name, tensor in buffers.items()}
 
     def _generator(self) -> Generator:
         """A generator with the first evaluation average, beside the student that trains on."""
         if not hasattr(self, "_averaged_network"):
             self._averaged_network = copy.deepcopy(self.trainer.optimizer.student).float().requires_grad_(False)
-        self._averaged_network.load_state_dict(self._averaged(), strict=False)
+        self._averaged_network.load_state_dict(self._averaged())
         denoiser = Denoiser(self._averaged_network, self.config.noise)
         return Generator(denoiser, self.info(), device=str(self.trainer.device), precision="fp32")
 

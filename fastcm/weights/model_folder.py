@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
+from fastcm.weights.model_card import model_card
 
 FORMAT, VERSION = "fastcm-model", 1
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 CUSTOM = "custom"
 
 
@@ -25,10 +26,14 @@ def is_model_folder(path: Path) -> bool:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes JSON through a temporary name, so that the file is complete or absent, and flushed to disk."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes UTF-8 as `write_json` does."""
     temporary = path.with_name(f".tmp-{path.name}")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -85,7 +90,9 @@ def save_model(folder: Path, denoiser: Denoiser, info: dict, *, state: dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     state = state if state is not None else denoiser.network.state_dict()
     write_safetensors(folder / WEIGHTS_NAME, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    write_json(folder / CONFIG_NAME, model_config(denoiser, info))
+    config = model_config(denoiser, info)
+    write_text(folder / CARD_NAME, model_card(config))
+    write_json(folder / CONFIG_NAME, config)
 
 
 def model_config(denoiser: Denoiser, info: dict) -> dict:
