@@ -48,7 +48,7 @@ def digits(method: str = "ict", *, teacher: str | None = None) -> TrainConfig:
         loss = replace(loss, distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=0.6, P_std=1.8)
     return TrainConfig(
         preset="digits", method=method, data="digits", network=network, noise=noise(method), objective=loss,
-        optimizer=optimizer, duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 192.0), batch=64, resolution=8, teacher=teacher,
+        optimizer=optimizer, duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0), batch=64, resolution=8, teacher=teacher,
     )  # fmt: skip
 
 
