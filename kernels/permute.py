@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from fastcm.kernels.philox import philox_words
 
 STREAM_DATA_ORDER = 4
