@@ -93,7 +93,7 @@ def _column(coefficient: Tensor) -> Tensor:
 
 @triton.jit
 def noise_lane(
-    p_x, p_scaled, b_sigma, b_c_in, o_i, b_image, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+    p_x, p_scaled, b_sigma, b_c_in, o_sample, o_i, b_image, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One lane at one noise level: x = image + sigma z and, where asked for, c_in x."""
     b_clean = b_image.to(tl.float32)
@@ -101,9 +101,9 @@ def noise_lane(
         # v / 127.5 - 1 as one fused operation, within 1.2e-7.
         b_clean = b_clean * 0.00784313725490196 - 1.0
     b_x = b_clean + b_sigma * b_z
-    store_lane(p_x, o_i, b_x, LANE, N, BLOCK)
-    if b_c_in is not None:
-        store_lane(p_scaled, o_i, b_c_in * b_x, LANE, N, BLOCK)
+    store_lane(p_x + o_sample, o_i, b_x, LANE, N, BLOCK)
+    if p_scaled is not None:
+        store_lane(p_scaled + o_sample, o_i, b_c_in * b_x, LANE, N, BLOCK)
 
 
 @triton.jit
@@ -125,19 +125,17 @@ def _perturb_kernel(
             b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
     z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, 0, True, MATH)
     o_sample = i_sample * N
-    b_sigma, b_c_in = load_scalar(p_sigma_hi, sigma_hi_stride, i_sample), load_scalar(p_c_in_hi, c_in_hi_stride, i_sample)
-    hi = (p_x_hi + o_sample, None if p_scaled_hi is None else p_scaled_hi + o_sample, b_sigma, b_c_in, o_i)
-    noise_lane(*hi, b0, z0, 0, N, BLOCK)
-    noise_lane(*hi, b1, z1, 1, N, BLOCK)
-    noise_lane(*hi, b2, z2, 2, N, BLOCK)
-    noise_lane(*hi, b3, z3, 3, N, BLOCK)
+    b_sigma_hi, b_c_in_hi = load_scalar(p_sigma_hi, sigma_hi_stride, i_sample), load_scalar(p_c_in_hi, c_in_hi_stride, i_sample)
+    noise_lane(p_x_hi, p_scaled_hi, b_sigma_hi, b_c_in_hi, o_sample, o_i, b0, z0, 0, N, BLOCK)
+    noise_lane(p_x_hi, p_scaled_hi, b_sigma_hi, b_c_in_hi, o_sample, o_i, b1, z1, 1, N, BLOCK)
+    noise_lane(p_x_hi, p_scaled_hi, b_sigma_hi, b_c_in_hi, o_sample, o_i, b2, z2, 2, N, BLOCK)
+    noise_lane(p_x_hi, p_scaled_hi, b_sigma_hi, b_c_in_hi, o_sample, o_i, b3, z3, 3, N, BLOCK)
     if p_x_lo is not None:
-        b_sigma, b_c_in = load_scalar(p_sigma_lo, sigma_lo_stride, i_sample), load_scalar(p_c_in_lo, c_in_lo_stride, i_sample)
-        lo = (p_x_lo + o_sample, None if p_scaled_lo is None else p_scaled_lo + o_sample, b_sigma, b_c_in, o_i)
-        noise_lane(*lo, b0, z0, 0, N, BLOCK)
-        noise_lane(*lo, b1, z1, 1, N, BLOCK)
-        noise_lane(*lo, b2, z2, 2, N, BLOCK)
-        noise_lane(*lo, b3, z3, 3, N, BLOCK)
+        b_sigma_lo, b_c_in_lo = load_scalar(p_sigma_lo, sigma_lo_stride, i_sample), load_scalar(p_c_in_lo, c_in_lo_stride, i_sample)
+        noise_lane(p_x_lo, p_scaled_lo, b_sigma_lo, b_c_in_lo, o_sample, o_i, b0, z0, 0, N, BLOCK)
+        noise_lane(p_x_lo, p_scaled_lo, b_sigma_lo, b_c_in_lo, o_sample, o_i, b1, z1, 1, N, BLOCK)
+        noise_lane(p_x_lo, p_scaled_lo, b_sigma_lo, b_c_in_lo, o_sample, o_i, b2, z2, 2, N, BLOCK)
+        noise_lane(p_x_lo, p_scaled_lo, b_sigma_lo, b_c_in_lo, o_sample, o_i, b3, z3, 3, N, BLOCK)
 
 
 def _launch_perturb(

@@ -27,7 +27,10 @@ def lane_offsets(o_i, LANE: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def lane_mask(o_i, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """None where every program is full. The bounds are constants, so the compiler knows their divisors and keeps wide accesses."""
+    """None where every program is full. The bounds are constants, so the compiler knows their divisors and keeps wide accesses.
+
+    Triton 3.6 refuses None within a tuple: assign the result by itself.
+    """
     QUARTER: tl.constexpr = (N + 3) // 4
     m_lane = None
     if QUARTER % BLOCK != 0 or 4 * QUARTER != N:
@@ -66,8 +69,8 @@ def load_lanes(
 
 @triton.jit
 def load_scalar(p_value, stride, i_sample):
-    """A per-sample coefficient; None where there is none."""
-    b_value = None
+    """A per-sample coefficient; 0 where there is none."""
+    b_value = 0.0
     if p_value is not None:
         b_value = tl.load(p_value + i_sample * stride)
     return b_value
@@ -101,7 +104,7 @@ def philox_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_i
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0 = o_i.to(tl.uint32)
     zero = c0 * 0
-    c1, c2, c3 = zero + position.to(tl.uint32), zero + (position >> 32).to(tl.uint32), zero + tl.to_tensor(stream).to(tl.uint32)
+    c1, c2, c3 = zero + position.to(tl.uint32), zero + (position >> 32).to(tl.uint32), (zero + stream).to(tl.uint32)
     A, B = zero + 0xD2511F53, zero + 0xCD9E8D57
     for _ in tl.static_range(10):
         low_0, high_0 = wide_product(c0, A, MATH)

@@ -91,7 +91,8 @@ def renoise_lane(
     if CLIP:
         b_x = tl.clamp(b_x, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     if p_known is not None:
-        o_lane, m_lane = lane_offsets(o_i, LANE, N), lane_mask(o_i, LANE, N, BLOCK)
+        o_lane = lane_offsets(o_i, LANE, N)
+        m_lane = lane_mask(o_i, LANE, N, BLOCK)
         o_mask = o_lane % PLANE if MASK_PLANES == 1 else o_lane
         b_x = tl.where(tl.load(p_mask + o_mask, mask=m_lane) != 0, b_x, tl.load(p_known + o_lane, mask=m_lane))
     store_lane(p_out, o_i, b_x + b_scale * b_z, LANE, N, BLOCK)
