@@ -31,15 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if stale and args.check else 0
 
 
-def latest(pattern: str) -> dict | None:
-    """Returns the content of the last results file by name (names end in a date), or None where there is none."""
-    files = sorted(RESULTS.glob(pattern))
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
+def latest(pattern: str, *, on_gpu: bool = False) -> dict | None:
+    """Returns the content of the newest results file that the pattern names, by the date inside it, or None; on_gpu: only one of a GPU."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+    contents = [content for content in contents if content["machine"]["gpu"] or not on_gpu]
+    return max(contents, key=lambda content: content["machine"]["date"], default=None)
 
 
 def documented(text: str) -> str:
     """Returns the page with both tables replaced by what the latest results say."""
-    ahead, measured = latest("aot-*.json"), latest("kernels-*.json")
+    ahead, measured = latest("aot-*.json"), latest("kernels*.json", on_gpu=True)
     text = _between(text, "aot", aot_table(ahead) if ahead else "Not compiled yet.")
     return _between(text, "gpu", bench_table(measured) if measured else "Not measured on a GPU yet: `auto` takes the reference there.")
 
@@ -115,7 +116,7 @@ def auto_table(rows: list[Row]) -> dict[str, tuple[tuple[int, bool], ...]]:
 
 def with_auto_table(text: str) -> str:
     """Returns the source of kernels/launch.py with the table that the latest GPU results make."""
-    content = latest("kernels-*.json")
+    content = latest("kernels*.json", on_gpu=True)
     table = auto_table(content["rows"]) if content else {}
     body = "".join(f'    "{op}": ({" ".join(f"{size}," for size in sizes)}),\n' for op, sizes in table.items())
     body = f"{{\n{body}}}" if body else "{}"

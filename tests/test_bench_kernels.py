@@ -101,11 +101,20 @@ def test_auto_table_takes_the_kernel_where_it_does_not_lose():
 
 def test_auto_table_becomes_the_source_that_launch_reads(monkeypatch):
     rows = [*measured("renoise", [2, 8], fastcm=1.0, compile=2.0), *measured("renoise", [4, 8], fastcm=1.0, compile=0.5)]
-    monkeypatch.setattr(tables, "latest", lambda pattern: {"rows": rows})
+    monkeypatch.setattr(tables, "latest", lambda pattern, on_gpu: {"rows": rows})
     source = tables.with_auto_table(tables.LAUNCH.read_text(encoding="utf-8"))
     assert 'MEASURED: dict[str, tuple[tuple[int, bool], ...]] = {\n    "renoise": ((16, True), (32, False),),\n}\n' in source
     assert source.count("# auto table:") == 2
     compile(source, "launch.py", "exec")
+
+
+def test_only_the_newest_results_of_a_gpu_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.latest("kernels*.json", on_gpu=True) is None
+    for name, gpu, date in (("kernels-b", "old", "2025-01-01"), ("kernels-a", "new", "2025-06-01"), ("kernels", None, "2025-07-01")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"gpu": gpu, "date": date}, "rows": []}), encoding="utf-8")
+    assert tables.latest("kernels*.json", on_gpu=True)["machine"]["gpu"] == "new"
+    assert tables.latest("kernels*.json")["machine"]["date"] == "2025-07-01"
 
 
 def test_measured_rows_become_a_table():
