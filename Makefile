@@ -42,6 +42,7 @@ bench: $(VENV)/installed
 	$(BIN)/fastcm bench kernels --quick --json "$(RESULTS)/kernels.json"
 	$(BIN)/fastcm bench latency --quick --json "$(RESULTS)/latency.json"
 	$(BIN)/fastcm bench train --quick --json "$(RESULTS)/train.json"
+	$(BIN)/python -m fastcm.benchmarks.bench_networks --quick --json "$(RESULTS)/networks.json"
 
 # The installed layout as links, so that a Python in which nothing may be installed still finds fastcm.kernels.
 # PYTHONSAFEPATH keeps the checkout's own fastcm/, which lacks it, off the path; child processes inherit both.
