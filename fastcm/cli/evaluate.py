@@ -7,7 +7,8 @@ from pathlib import Path
 from fastcm.cli.sample import seed_list, sigma_list
 from fastcm.errors import InputError, nearest
 
-FIRST_SEED, DEFAULT_COUNT = 100_000, 2000  # seeds that no default of training or sampling uses
+# Seeds that no default of training or sampling uses, and by which no setting was chosen.
+FIRST_SEED, DEFAULT_COUNT = 500_000, 2000
 CALLS = {
     "consistency": lambda n: n,
     "euler": lambda n: n,
