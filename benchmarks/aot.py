@@ -48,8 +48,10 @@ class Launch:
     def bytes_moved(self, counted: Mapping[str, int]) -> int:
         """Bytes of all tensor arguments, each counted once or as often as `counted` says by name."""
         arguments = dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.options
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        return sum(counted.get(name, 1) * tensor.numel() * tensor.element_size() for name, tensor in tensors.items())
+        # A kernel may take a tuple of tensors, which its name counts as one.
+        values = [(name, part) for name, value in arguments.items() for part in (value if isinstance(value, tuple) else (value,))]
+        tensors = [(counted.get(name, 1), part) for name, part in values if isinstance(part, torch.Tensor)]
+        return sum(times * tensor.numel() * tensor.element_size() for times, tensor in tensors)
 
 
 def record_launches(call: Callable[[], object]) -> list[Launch]:

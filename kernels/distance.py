@@ -237,9 +237,9 @@ def _distance_op(
     x_target: Tensor, F_target: Tensor | None, c_skip_target: Tensor | None, c_out_target: Tensor | None,
     weight: Tensor, kind: str, c: float, needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(value, gradient to F_student or an empty tensor), in place on one buffer of differences."""
-    d = precondition_reference(x_student, F_student, c_skip_student, c_out_student)
-    d.sub_(x_target if F_target is None else precondition_reference(x_target, F_target, c_skip_target, c_out_target))
+    """(value, gradient to F_student or an empty tensor), on two buffers: on the CPU a fresh one costs more than a pass."""
+    d = _denoised_in_place(x_student, F_student, c_skip_student, c_out_student)
+    d.sub_(x_target if F_target is None else _denoised_in_place(x_target, F_target, c_skip_target, c_out_target))
     n = d.shape[1:].numel()
     scale = weight * c_out_student
     if kind == "l1":
@@ -254,7 +254,13 @@ def _distance_op(
         scale = torch.where(root > 0, scale / torch.where(root > 0, root, 1.0), 0.0)
     if not needs_gradient:
         return weight * value, F_student.new_empty(0)
-    return weight * value, torch.empty_like(dense(F_student)).copy_(d.mul_(scale.view(-1, 1, 1, 1)))
+    return weight * value, d.mul_(scale.view(-1, 1, 1, 1)).to(F_student.dtype)
+
+
+def _denoised_in_place(x, F_x, c_skip, c_out):
+    """c_skip x + c_out F_x as a new fp32 tensor in the layout of F_x."""
+    D_x = torch.empty_like(dense(F_x), dtype=torch.float32)
+    return torch.mul(c_out.view(-1, 1, 1, 1), F_x, out=D_x).addcmul_(x.float(), c_skip.view(-1, 1, 1, 1))
 
 
 @torch.library.custom_op("fastcm::distance_backward", mutates_args={"gradient"})

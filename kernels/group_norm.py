@@ -9,8 +9,6 @@ Bytes per fp32 element in one pass, where the pixels of a few groups fit a progr
 programs: statistics, then the output: 12 forward, 20 backward.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,8 +17,10 @@ from torch.autograd import forward_ad
 from fastcm.kernels import launch
 from fastcm.kernels.group_statistics import _launch_fwd as launch_statistics
 from fastcm.kernels.group_statistics import channel_tile, group_statistics_reference, group_tile, split_grid
-from fastcm.kernels.launch import tl, triton
+from fastcm.kernels.launch import libdevice, tl, triton
 from fastcm.kernels.precondition import FLOATS
+
+MATH = tl.constexpr(launch.MATH)
 
 
 def group_norm(
@@ -85,49 +85,58 @@ def _statistics(mean, rstd, i_b, o_c, m_c, C, D: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(v):
+    # The accurate exponential and division cost about twenty instructions for each element, which is more than its bytes take.
+    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-v)) if MATH == 1 else tl.sigmoid(v)
+
+
+@triton.jit
 def _y_and_dv(x, grad, o, m, b_mean, b_rstd, A, b, SILU: tl.constexpr):
     y = (tl.load(x + o, m, other=0.0).to(tl.float32) - b_mean[None, :]) * b_rstd[None, :]
     dv = tl.load(grad + o, m, other=0.0).to(tl.float32)
     if SILU:
         v = y * A[None, :] + b[None, :]
-        s = tl.sigmoid(v)
+        s = _sigmoid(v)
         dv *= s + v * s * (1.0 - s)
     return y, dv
 
 
 @triton.jit
 def _activated(v, SILU: tl.constexpr):
-    return v * tl.sigmoid(v) if SILU else v
+    return v * _sigmoid(v) if SILU else v
 
 
 @triton.jit
-def _group_sum(b_sums, D: tl.constexpr):
-    """Sums of channels [BLOCK_C] -> for each channel the sum over its group; the block starts with a group, D need not divide it."""
+def _group_sum(b_sums, D: tl.constexpr, GROUPS: tl.constexpr):
+    """Sums of channels [BLOCK_C] -> for each channel the sum over its group. The block starts with a group; D may be any number."""
     i_group = tl.arange(0, b_sums.shape[0]) // D
-    return tl.sum(tl.where(i_group[:, None] == i_group[None, :], b_sums[None, :], 0.0), 1)
+    member = i_group[None, :] == tl.arange(0, GROUPS)[:, None]
+    b_groups = tl.sum(tl.where(member, b_sums[None, :], 0.0), 1)
+    return tl.sum(tl.where(member, b_groups[:, None], 0.0), 0)
 
 
 @triton.jit
-def _slab(C, HW, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _slab(C: tl.constexpr, HW: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """One pass: a program's sample, channels and the offsets and mask of its slab, all pixels of CHANNELS channels (whole groups)."""
-    BLOCKS = tl.cdiv(C, CHANNELS)
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     i_program = tl.program_id(0)
     i_b, lane = (i_program // BLOCKS).to(tl.int64), tl.arange(0, BLOCK_C)
     o_c, o_p = (i_program % BLOCKS) * CHANNELS + lane, tl.arange(0, BLOCK_P)
-    m_c = (lane < CHANNELS) & (o_c < C)
+    m_c = (lane < CHANNELS) if C % CHANNELS == 0 else (lane < CHANNELS) & (o_c < C)
     return i_b, o_c, m_c, i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
 
 
 @triton.jit
 def _group_norm_fwd_kernel(
-    x, weight, bias, scale, shift, stride, out, mean, rstd, C, HW, eps,
-    D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, weight, bias, scale, shift, stride, out, mean, rstd, eps, C: tl.constexpr, HW: tl.constexpr,
+    D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_b, o_c, m_c, o, m = _slab(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
     b_x = tl.load(x + o, m, other=0.0).to(tl.float32)
-    b_mean = _group_sum(tl.sum(b_x, 0), D) / (HW * D)
+    b_mean = _group_sum(tl.sum(b_x, 0), D, GROUPS) / (HW * D)
     centred = tl.where(m, b_x - b_mean[None, :], 0.0)
-    b_rstd = tl.rsqrt(_group_sum(tl.sum(centred * centred, 0), D) / (HW * D) + eps)
+    b_rstd = tl.rsqrt(_group_sum(tl.sum(centred * centred, 0), D, GROUPS) / (HW * D) + eps)
     o_group, m_group = i_b * (C // D) + o_c // D, m_c & (o_c % D == 0)
     tl.store(mean + o_group, b_mean, m_group)
     tl.store(rstd + o_group, b_rstd, m_group)
@@ -138,8 +147,9 @@ def _group_norm_fwd_kernel(
 
 @triton.jit
 def _group_norm_bwd_kernel(
-    x, grad, weight, bias, scale, shift, stride, mean, rstd, grad_x, sums, C, HW,
-    D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, grad, weight, bias, scale, shift, stride, mean, rstd, grad_x, sums, C: tl.constexpr, HW: tl.constexpr,
+    D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_b, o_c, m_c, o, m = _slab(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = _statistics(mean, rstd, i_b, o_c, m_c, C, D)
@@ -148,14 +158,14 @@ def _group_norm_bwd_kernel(
     S1, S2 = tl.sum(dv, 0), tl.sum(dv * y, 0)
     tl.store(sums + 2 * i_b * C + o_c, S1, m_c)
     tl.store(sums + (2 * i_b + 1) * C + o_c, S2, m_c)
-    mean_1, mean_2 = _group_sum(A * S1, D) / (HW * D), _group_sum(A * S2, D) / (HW * D)
+    mean_1, mean_2 = _group_sum(A * S1, D, GROUPS) / (HW * D), _group_sum(A * S2, D, GROUPS) / (HW * D)
     b_grad_x = b_rstd[None, :] * (dv * A[None, :] - mean_1[None, :] - y * mean_2[None, :])
     tl.store(grad_x + o, b_grad_x.to(grad_x.dtype.element_ty), m)
 
 
 @triton.jit
 def _split_output_kernel(
-    x, weight, bias, scale, shift, stride, out, mean, rstd, C, HW,
+    x, weight, bias, scale, shift, stride, out, mean, rstd, C: tl.constexpr, HW: tl.constexpr,
     D: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
@@ -170,7 +180,7 @@ def _split_output_kernel(
 
 @triton.jit
 def _split_sums_kernel(
-    x, grad, weight, bias, scale, shift, stride, mean, rstd, partial, C, HW, PIXELS,
+    x, grad, weight, bias, scale, shift, stride, mean, rstd, partial, PIXELS, C: tl.constexpr, HW: tl.constexpr,
     D: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """S1 and S2 of each channel over PIXELS pixels."""
@@ -194,10 +204,11 @@ def _split_sums_kernel(
 
 @triton.jit
 def _split_reduce_kernel(
-    partial, weight, bias, scale, shift, stride, sums, means, C, HW, CHUNKS, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    partial, weight, bias, scale, shift, stride, sums, means, CHUNKS, C: tl.constexpr, HW: tl.constexpr, D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """S1 and S2 over all pixels, and the two means of a group, [B, 2, groups]."""
-    i_group, i_b, o_c, m_c, _o_k, o, m = group_tile(C, CHUNKS, D, BLOCK_K, BLOCK_D)
+    i_group, i_b, o_c, m_c, _o_k, o, m = group_tile(CHUNKS, C, D, BLOCK_K, BLOCK_D)
     S1, S2 = tl.sum(tl.load(partial + o, m, other=0.0), 0), tl.sum(tl.load(partial + C + o, m, other=0.0), 0)
     tl.store(sums + 2 * i_b * C + o_c, S1, m_c)
     tl.store(sums + (2 * i_b + 1) * C + o_c, S2, m_c)
@@ -209,7 +220,7 @@ def _split_reduce_kernel(
 
 @triton.jit
 def _split_gradient_kernel(
-    x, grad, weight, bias, scale, shift, stride, mean, rstd, means, grad_x, C, HW,
+    x, grad, weight, bias, scale, shift, stride, mean, rstd, means, grad_x, C: tl.constexpr, HW: tl.constexpr,
     D: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
@@ -223,25 +234,17 @@ def _split_gradient_kernel(
     tl.store(grad_x + o, b_grad_x.to(grad_x.dtype.element_ty), m)
 
 
-class Slab(NamedTuple):
-    """How one pass covers a sample: programs of `channels` channels (whole groups) by all pixels, and the constants of `_slab`."""
-
-    channels: int
-    constants: dict[str, int]
-
-
-def slab_of(channels: int, groups: int, pixels: int, itemsize: int, *, backward: bool) -> Slab | None:
-    """The slab of one pass, or None where it does not fit a program's registers and the work is split."""
+def slab_of(channels: int, groups: int, pixels: int, itemsize: int, *, backward: bool) -> dict[str, int] | None:
+    """The constants of `_slab` and the warps of one pass, or None where a slab does not fit a program's registers and work is split."""
     depth = channels // groups
     # The fewest groups whose channels fill a 32-byte sector and 128-bit accesses.
     taken = next((g for g in range(1, groups) if g * depth * itemsize >= 32 and g * depth * itemsize % 16 == 0), groups)
     block_c, block_p = triton.next_power_of_2(taken * depth), triton.next_power_of_2(pixels)
-    largest = 8192 if backward and itemsize == 4 else 16384
-    if block_c > 128 or block_c * block_p > largest:
+    if block_c > 128 or block_c * block_p > (8192 if backward and itemsize == 4 else 16384):
         return None
-    # 16 to 32 elements to a thread; the sums over groups need a thread for every 16 pairs of channels.
-    warps = max(1, min(16, max(block_c * block_p // 512, block_c * block_c // 512)))
-    return Slab(taken * depth, {"CHANNELS": taken * depth, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps})
+    slab = {"CHANNELS": taken * depth, "GROUPS": triton.next_power_of_2(taken), "BLOCK_P": block_p, "BLOCK_C": block_c}
+    # Four 128-bit accesses to a thread: with fewer, what a program does once for its channels weighs more than its elements.
+    return slab | {"num_warps": max(1, min(16, block_c * block_p * itemsize // 2048))}
 
 
 def _affine_inputs(weight, bias, scale, shift):
@@ -252,23 +255,27 @@ def _affine_inputs(weight, bias, scale, shift):
     return weight, bias, scale, shift, 0 if scale is None else scale.stride(0)
 
 
+def _constants(x, groups, silu):
+    return {"C": x.shape[1], "HW": x.shape[2] * x.shape[3], "D": x.shape[1] // groups, "SILU": silu}
+
+
 def _launch_fwd(x, groups, weight, bias, eps, scale, shift, silu):
     out, mean, rstd = outputs = _empty_outputs(x, groups, weight, bias, eps, scale, shift, silu)
     if x.numel() == 0:
         return outputs
-    channels, pixels, constants = x.shape[1], x.shape[2] * x.shape[3], {"D": x.shape[1] // groups, "SILU": silu}
+    channels, pixels, constants = x.shape[1], x.shape[2] * x.shape[3], _constants(x, groups, silu)
     affine = _affine_inputs(weight, bias, scale, shift)
     slab = slab_of(channels, groups, pixels, x.element_size(), backward=False)
     with launch.device_guard(x):
         if slab is not None:
-            _group_norm_fwd_kernel[(x.shape[0] * triton.cdiv(channels, slab.channels),)](
-                x, *affine, out, mean, rstd, channels, pixels, eps, **constants, **slab.constants
+            _group_norm_fwd_kernel[(x.shape[0] * triton.cdiv(channels, slab["CHANNELS"]),)](
+                x, *affine, out, mean, rstd, eps, **constants, **slab
             )
             return outputs
         mean, rstd = launch_statistics(x, groups, eps)
         grid = split_grid(x, groups)
         _split_output_kernel[(grid.columns, grid.tiles)](
-            x, *affine, out, mean, rstd, channels, pixels, **constants, **grid.tile
+            x, *affine, out, mean, rstd, **constants, **grid.tile
         )
     return out, mean, rstd
 
@@ -278,26 +285,26 @@ def _launch_bwd(grad, x, groups, weight, bias, scale, shift, silu, mean, rstd):
     if x.numel() == 0:
         return grad_x, sums.zero_()
     grad = grad.contiguous(memory_format=torch.channels_last)
-    batch, channels, pixels, constants = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], {"D": x.shape[1] // groups, "SILU": silu}
+    batch, channels, pixels, constants = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], _constants(x, groups, silu)
     affine = _affine_inputs(weight, bias, scale, shift)
     inputs = (x, grad, *affine, mean, rstd)
     slab = slab_of(channels, groups, pixels, x.element_size(), backward=True)
     with launch.device_guard(x):
         if slab is not None:
-            _group_norm_bwd_kernel[(batch * triton.cdiv(channels, slab.channels),)](
-                *inputs, grad_x, sums, channels, pixels, **constants, **slab.constants
+            _group_norm_bwd_kernel[(batch * triton.cdiv(channels, slab["CHANNELS"]),)](
+                *inputs, grad_x, sums, **constants, **slab
             )
             return outputs
         grid = split_grid(x, groups)
         partial = torch.empty((batch, grid.chunks, 2, channels), dtype=torch.float32, device=x.device)
         means = torch.empty((batch, 2, groups), dtype=torch.float32, device=x.device)
         _split_sums_kernel[(grid.columns, grid.chunks)](
-            *inputs, partial, channels, pixels, grid.chunk_pixels, **constants, **grid.tile
+            *inputs, partial, grid.chunk_pixels, **constants, **grid.tile
         )
         _split_reduce_kernel[(batch * groups,)](
-            partial, *affine, sums, means, channels, pixels, grid.chunks, D=constants["D"], **grid.group_tile
+            partial, *affine, sums, means, grid.chunks, C=channels, HW=pixels, D=constants["D"], **grid.group_tile
         )
-        _split_gradient_kernel[(grid.columns, grid.tiles)](*inputs, means, grad_x, channels, pixels, **constants, **grid.tile)
+        _split_gradient_kernel[(grid.columns, grid.tiles)](*inputs, means, grad_x, **constants, **grid.tile)
     return outputs
 
 

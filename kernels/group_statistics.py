@@ -33,16 +33,18 @@ def group_statistics_reference(x: Tensor, groups: int, eps: float) -> tuple[Tens
 
 
 @triton.jit
-def channel_tile(C, BLOCK_C: tl.constexpr):
+def channel_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
     """A program's sample, channels and their mask."""
-    BLOCKS = tl.cdiv(C, BLOCK_C)
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_program = tl.program_id(0)
     o_c = (i_program % BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
     return (i_program // BLOCKS).to(tl.int64), o_c, o_c < C
 
 
 @triton.jit
-def _group_statistics_partial_kernel(x, partial, C, HW, PIXELS, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _group_statistics_partial_kernel(
+    x, partial, PIXELS, C: tl.constexpr, HW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Mean and sum of squared deviations of each channel over PIXELS pixels. The first pixel is the origin, so nothing cancels."""
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     i_chunk = tl.program_id(1)
@@ -66,7 +68,7 @@ def _group_statistics_partial_kernel(x, partial, C, HW, PIXELS, BLOCK_P: tl.cons
 
 
 @triton.jit
-def group_tile(C, CHUNKS, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def group_tile(CHUNKS, C: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """A merging program's (sample, group), its first channel, and the offsets and mask of its partial numbers [chunks, channels]."""
     i_group = tl.program_id(0).to(tl.int64)
     i_b, o_c, o_k = i_group // (C // D), (i_group % (C // D)) * D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
@@ -77,10 +79,11 @@ def group_tile(C, CHUNKS, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _group_statistics_merge_kernel(
-    partial, mean, rstd, C, HW, PIXELS, CHUNKS, eps, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    partial, mean, rstd, PIXELS, CHUNKS, eps,
+    C: tl.constexpr, HW: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Mean and 1 / std of a group from its chunks (Chan et al. 1983, Algorithms for computing the sample variance, Eq. 2.1)."""
-    i_group, _i_b, _o_c, _m_c, o_k, o, m = group_tile(C, CHUNKS, D, BLOCK_K, BLOCK_D)
+    i_group, _i_b, _o_c, _m_c, o_k, o, m = group_tile(CHUNKS, C, D, BLOCK_K, BLOCK_D)
     b_mean, squares = tl.load(partial + o, m, other=0.0), tl.load(partial + C + o, m, other=0.0)
     count = tl.minimum(PIXELS, HW - o_k * PIXELS).to(tl.float32)[:, None]
     total_mean = tl.sum(tl.sum(tl.where(m, count * b_mean, 0.0), 1), 0) / (HW * D)
@@ -121,9 +124,9 @@ def _launch_fwd(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     grid = split_grid(x, groups)
     partial = torch.empty((batch, grid.chunks, 2, channels), dtype=torch.float32, device=x.device)
     with launch.device_guard(x):
-        _group_statistics_partial_kernel[(grid.columns, grid.chunks)](x, partial, channels, pixels, grid.chunk_pixels, **grid.tile)
+        _group_statistics_partial_kernel[(grid.columns, grid.chunks)](x, partial, grid.chunk_pixels, C=channels, HW=pixels, **grid.tile)
         _group_statistics_merge_kernel[(batch * groups,)](
-            partial, mean, rstd, channels, pixels, grid.chunk_pixels, grid.chunks, eps, D=channels // groups, **grid.group_tile
+            partial, mean, rstd, grid.chunk_pixels, grid.chunks, eps, C=channels, HW=pixels, D=channels // groups, **grid.group_tile
         )
     return statistics
 

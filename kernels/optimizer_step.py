@@ -65,24 +65,26 @@ def optimizer_step_reference(
     kind, param, grad, exp_avg, exp_avg_sq, *, step, lr, grad_norm, betas, eps, weight_decay, clip,
     target=None, mu=None, averages=(), decays=None, low_precision=None, target_low_precision=None,
 ):  # fmt: skip
-    """The definition, in torch: no host synchronisation, in place, whole-buffer passes on CUDA and slices on the CPU."""
+    """The definition, in torch, in place. On the CPU a gradient that is not finite returns at once; elsewhere the device decides."""
     accepted = torch.isfinite(grad_norm)
+    n, width = param.numel(), max(param.numel(), 1)
     coefficients = _coefficients(kind, accepted, step, lr, grad_norm, betas, eps, weight_decay, clip)
+    if param.is_cpu and not torch.compiler.is_compiling():
+        if not accepted:
+            return
+        accepted, width = None, SLICE
     followers = [(target, 1 - mu, target_low_precision)] if target is not None else []
     followers += [(average, 1 - decays[i : i + 1], None) for i, average in enumerate(averages)]
-    n = param.numel()
-    width = SLICE if param.device.type == "cpu" and not torch.compiler.is_compiling() else max(n, 1)
     for start in range(0, n, width):
         part = slice(start, start + width)
         p = param[part]
-        scratch = _step_slice(p, grad[part], exp_avg[part], exp_avg_sq[part], accepted, coefficients, betas, weight_decay, clip)
+        _step_slice(p, grad[part], exp_avg[part], exp_avg_sq[part], accepted, coefficients, betas)
         _store_low_precision(low_precision, part, p, accepted)
         for follower, rate, copy in followers:
             f = follower[part]
-            torch.lerp(f, p, rate, out=scratch)
-            torch.where(accepted, scratch, f, out=f)
+            f.copy_(torch.where(accepted, torch.lerp(f, p, rate), f)) if accepted is not None else f.lerp_(p, rate)
             _store_low_precision(copy, part, f, accepted)
-    step.add_(accepted)
+    step.add_(1 if accepted is None else accepted)
 
 
 def _coefficients(kind, accepted, step, lr, grad_norm, betas, eps, weight_decay, clip):
@@ -111,28 +113,22 @@ def _coefficients(kind, accepted, step, lr, grad_norm, betas, eps, weight_decay,
     return [c.float() for c in (factor, rate, decay2, decay, a, b, -size)]
 
 
-def _step_slice(p, grad, exp_avg, exp_avg_sq, accepted, coefficients, betas, weight_decay, clip):
-    """Update one slice of the moments and of the weights; returns the slice's scratch buffer."""
+def _step_slice(p, grad, exp_avg, exp_avg_sq, accepted, coefficients, betas):
+    """Update one slice of the moments and of the weights. accepted: bool [1], or None where it is known to be true."""
     factor, rate, decay2, decay, a, b, negative_size = coefficients
-    scratch = torch.where(accepted, grad.float(), 0.0)
-    if clip is not None:
-        scratch.mul_(factor)
+    scratch = torch.mul(grad if accepted is None else torch.where(accepted, grad, 0.0), factor)
     exp_avg.lerp_(scratch, rate)
     exp_avg_sq.mul_(decay2).addcmul_(scratch, scratch, value=1 - betas[1])
-    torch.sqrt(exp_avg_sq, out=scratch)
-    torch.addcmul(b, scratch, a, out=scratch)
-    torch.div(exp_avg, scratch, out=scratch)
-    if weight_decay:
-        scratch.mul_(negative_size).addcmul_(p, decay)
+    torch.div(exp_avg, torch.sqrt(exp_avg_sq, out=scratch).mul_(a).add_(b), out=scratch)
+    if accepted is None:
+        p.mul_(decay).addcmul_(scratch, negative_size)
     else:
-        torch.addcmul(p, scratch, negative_size, out=scratch)
-    torch.where(accepted, scratch, p, out=p)
-    return scratch
+        p.copy_(torch.where(accepted, scratch.mul_(negative_size).addcmul_(p, decay), p))
 
 
 def _store_low_precision(copy, part, values, accepted):
     if copy is not None:
-        copy[part].copy_(torch.where(accepted, values.to(copy.dtype), copy[part]))
+        copy[part].copy_(values if accepted is None else torch.where(accepted, values.to(copy.dtype), copy[part]))
 
 
 @triton.jit

@@ -94,8 +94,8 @@ def test_slabs_hold_whole_groups_and_wide_accesses():
             if slab is None:
                 assert pixels >= 256
             else:
-                assert slab.channels % (channels // groups) == 0 and slab.channels * itemsize % 16 == 0
-                assert slab.constants["BLOCK_P"] >= pixels and slab.constants["BLOCK_C"] >= slab.channels
+                assert slab["CHANNELS"] % (channels // groups) == 0 and slab["CHANNELS"] * itemsize % 16 == 0
+                assert slab["BLOCK_P"] >= pixels and slab["BLOCK_C"] >= slab["CHANNELS"]
 
 
 def test_without_weight_and_bias(device):
