@@ -37,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         ops = {case.op for case in (aot_cases() if args.aot else bench_cases())}
         raise InputError(f"unknown op in --op: {args.op}. Use one of {', '.join(sorted(ops))}.{nearest(args.op, ops)}")
-    return report_ahead_of_time(cases, args.json) if args.aot else measure_cases(cases, args)
+    if not args.aot:
+        return measure_cases(cases, args)
+    if args.json is not None and args.op is None:
+        # A whole report takes the place of the last one, with its commit and without cases that are gone.
+        args.json.unlink(missing_ok=True)
+    return report_ahead_of_time(cases, args.json)
 
 
 def report_ahead_of_time(cases: list[aot.AotCase], path: Path | None) -> int:
