@@ -388,5 +388,7 @@ def _check(x, groups, weight, bias, scale, shift):
     )):
         if tensor is not None:
             launch.check_tensor("group_norm", name, tensor, dtypes=FLOATS, shape=shape, like=x)
+    if x.shape[1:].numel() >= 2**31:
+        raise ValueError(f"too many elements per sample in group_norm(x): {list(x.shape)}. Use fewer than 2^31; the batch is not limited.")
     if (scale is None) != (shift is None):
         raise ValueError(f"missing argument in group_norm({'scale' if scale is None else 'shift'}): None. Give both or neither.")

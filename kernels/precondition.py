@@ -87,6 +87,8 @@ def per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
 
 def block_and_warps(elements: int, largest: int) -> tuple[int, int]:
     """(BLOCK, num_warps): a power of two that covers `elements`, at most `largest`; eight elements to a thread (two 128-bit accesses)."""
+    if elements >= 2**31:
+        raise ValueError(f"too many elements per sample: {elements}. Use fewer than 2^31; the batch is not limited.")
     block = min(largest, max(16, 1 << (elements - 1).bit_length()))
     return block, max(1, block // 256)
 

@@ -93,12 +93,19 @@ def test_sample_offsets_are_64_bit():
     """Batches pass 2^31 elements: in the IR, the sample's index is widened before it meets the sample's size."""
     seed, images = torch.zeros(1, dtype=torch.int64), torch.empty(2, 3, 32, 32)
     per_sample = torch.ones(2)
-    philox, perturb, renoise = (kernel_module(stem) for stem in ("philox", "perturb", "renoise"))
+    side = (images, images, per_sample, per_sample)
+    philox, perturb, renoise, precondition, distance = (
+        kernel_module(stem) for stem in ("philox", "perturb", "renoise", "precondition", "distance")
+    )
     calls = [
         lambda: philox._launch_normal(seed, seed.expand(2), (3, 32, 32), 0),
         lambda: perturb._launch_perturb(images, seed, seed, per_sample, None, None, None, None, torch.float32),
         lambda: renoise._launch_renoise(images, seed, seed, per_sample, 1, 0.002, None, None, True),
         lambda: renoise._launch_to_uint8(images, "NHWC"),
+        lambda: precondition._launch_fwd(images, images, per_sample, per_sample),
+        lambda: precondition._launch_bwd(images, per_sample, per_sample, torch.float32, torch.float32, False),
+        lambda: distance._launch_fwd(*side, *side, per_sample, "l2", 0.0, True),
+        lambda: distance._launch_bwd(images, per_sample),
     ]
     for launched in (aot.record_launches(call)[0] for call in calls):
         ttir = aot.compile_launch(launched, 90)["ttir"]

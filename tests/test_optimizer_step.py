@@ -181,6 +181,43 @@ def test_scalars_are_read_on_the_device(device):
     assert torch.allclose(state["target"], before, atol=1e-6) and not torch.allclose(state["averages"][0], before, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_new_scalars():
+    graphed, eager = (buffers(12304, "cuda", followers=True, low=torch.bfloat16) for _ in range(2))
+    with using("triton"):
+        for state in (graphed, eager):
+            set_gradient(state, 0)
+            update("radam", state, clip=1.0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            update("radam", graphed, clip=1.0)
+        for i in range(1, 9):
+            for state in (graphed, eager):
+                set_gradient(state, i)
+                state["lr"].fill_(1e-3 / i)
+                if i == 4:
+                    state["grad_norm"].fill_(float("inf"))
+            graph.replay()
+            update("radam", eager, clip=1.0)
+    assert eager["step"].item() == 8
+    assert_same_bits(eager, graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_beyond_2_to_the_31_elements():
+    n = 2**31 + 2048
+    if torch.cuda.get_device_properties(0).total_memory < 6 * 4 * n:
+        pytest.skip("needs 52 GB of memory on the GPU")
+    state = {name: torch.zeros(n, device="cuda") for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    state |= {"step": torch.zeros(1, dtype=torch.int64, device="cuda"), "lr": torch.full((1,), 0.5, device="cuda")}
+    state["grad"][-1] = state["grad"][5] = 1.0
+    state["grad_norm"] = torch.ones(1, device="cuda")
+    with using("triton"):
+        update("radam", state, weight_decay=0.0)
+    assert state["param"][-1].item() == state["param"][5].item() == -0.5 and state["param"].count_nonzero().item() == 2
+
+
 def test_slices_and_whole_buffer_agree(monkeypatch):
     states = [buffers(1000, followers=True) for _ in range(2)]
     for state, width in zip(states, (64, 4096), strict=True):

@@ -124,3 +124,23 @@ def test_exports_by_the_reference_with_any_batch():
     assert "fastcm" not in str(program.graph)
     inputs = arguments((5, 3, 5, 7))
     assert torch.equal(program.module()(*inputs), precondition_reference(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_batches_beyond_2_to_the_31_elements():
+    batch = 2**31 // (3 * 64 * 64) + 2
+    if torch.cuda.get_device_properties(0).total_memory < 14 * batch * 3 * 64 * 64:
+        pytest.skip("needs 30 GB of memory on the GPU")
+    x = torch.zeros(batch, 3, 64, 64, device="cuda")
+    x[0], x[-1] = 1.0, 2.0
+    with using("triton"):
+        found = kernels.precondition(x, x.bfloat16(), torch.full((1,), 0.5, device="cuda"), torch.ones(1, device="cuda"))
+    assert (found[0] == 1.5).all() and (found[-1] == 3.0).all() and not found[1:-1].any()
+
+
+def test_samples_beyond_2_to_the_31_elements_are_refused():
+    from fastcm.kernels.precondition import block_and_warps
+
+    with pytest.raises(ValueError, match=r"too many elements per sample: 2147483648\. Use fewer than 2\^31"):
+        block_and_warps(2**31, 1024)
