@@ -20,16 +20,17 @@ def patterns(count, *, channels=1, side=8, classes=4, noise=40, seed=0):
     return np.clip(np.round(images), 0, 255).astype(np.uint8), labels
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(features, "STEPS", (40, 40))
+
+
 @pytest.fixture(scope="module")
-def few_steps():
+def patterns_judge():
+    """Trained in few steps; the patch ends with the training, for the other tests of this file run in any order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "STEPS", (40, 40))
-        yield
-
-
-@pytest.fixture(scope="module")
-def patterns_judge(few_steps):
-    return train_judge(*patterns(300))
+        return train_judge(*patterns(300))
 
 
 def digits():
