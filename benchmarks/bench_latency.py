@@ -18,8 +18,9 @@ from fastcm.generation.generator import choose_device
 IDENTITY = ("bench", "model", "batch", "backend", "device", "precision")
 # Measured together with every other backend; their own rows come from the first such measurement.
 ANCHORS = ("eager", "fastcm")
-# Each is compiled, which takes minutes, so each has a measurement of its own that a call cut short does not lose.
-COMPILED = ("compile", "compile_max")
+# Each is compiled, which takes minutes: it has a measurement of its own, that a call cut short does not lose, after all others,
+# and unasked it is measured for these batches alone.
+COMPILED = {"compile": (1, 16), "compile_max": (1,)}
 # Largest difference from the fp32 images, in levels of 255.
 ALLOWED_LEVELS = {"fp32": 1, "bf16": 4, "fp16": 4}
 SETTLE_S = 0.002  # OpenMP's and ONNX Runtime's idle threads spin for about a millisecond before they sleep
@@ -31,18 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(args.device)
     results = ResultsFile(args.json, identity=IDENTITY)
     failed = False
+    for job, session in plan(args, device):
+        new = [name for name in session if results.find(identity(name, job)) is None]
+        if new:
+            rows = measure(job, session, new, limits(device, args.seconds, args.quick))
+            results.add(*rows)
+            failed |= any("error" in row for row in rows)
+            print(*table(rows), sep="\n", flush=True)
+    return int(failed)
+
+
+def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[Job, list[str]]]:
+    """What is measured together, in order: for every model and batch the backends that start at once, then the compiled ones."""
+    planned = []
     for model in (MODELS[name] for name in names(args.model, MODELS, "--model", default_models(device, args.quick))):
         for batch in sizes(args.batch, "--batch", default_batches(model, device, args.quick)):
             job = Job(model, batch, device, args.precision)
             wanted = names(args.backend, BACKENDS, "--backend", default_backends(job, args.quick))
-            for session in sessions(wanted):
-                new = [name for name in session if results.find(identity(name, job)) is None]
-                if new:
-                    rows = measure(job, session, new, limits(device, args.seconds, args.quick))
-                    results.add(*rows)
-                    failed |= any("error" in row for row in rows)
-                    print(*table(rows), sep="\n", flush=True)
-    return int(failed)
+            planned += [(job, session) for session in sessions(wanted)]
+    order = ("", *COMPILED)
+    return sorted(planned, key=lambda item: order.index(item[1][-1] if item[1][-1] in COMPILED else ""))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,22 +73,24 @@ def default_batches(model: Model, device: torch.device, quick: bool) -> Sequence
 
 
 def default_backends(job: Job, quick: bool) -> list[str]:
-    """What the machine may have. A CPU compiles for a minute per batch: in a quick run for one image alone."""
-    skipped = set() if job.model.in_onnx else {"onnxruntime_cpu", "onnxruntime_cuda"}
+    """What the machine may have, without what takes too long."""
+    skipped = {name for name, batches in COMPILED.items() if job.batch not in (batches[:1] if quick else batches)}
+    if not job.model.in_onnx:
+        skipped |= {"onnxruntime_cpu", "onnxruntime_cuda"}
     if job.device.type == "cpu":
-        skipped |= {"compile_max", "onnxruntime_cuda"} | ({"compile"} if quick and job.batch > 1 else set())
+        skipped |= {"compile_max", "onnxruntime_cuda"}
     return [name for name in BACKENDS if name not in skipped]
 
 
 def limits(device: torch.device, seconds: float | None, quick: bool) -> Limits:
-    """At least 100 rounds where they are short, so that the 99th percentile is one."""
+    """On CUDA, where a round takes milliseconds, at least 100 rounds, so that the 99th percentile is one."""
     if seconds is None:
-        seconds = 6 if quick else 20
+        seconds = 6 if quick or device.type == "cuda" else 20
     return Limits(seconds, fewest=100 if device.type == "cuda" else 7, most=2000)
 
 
 def sessions(wanted: Sequence[str]) -> list[list[str]]:
-    """The backends that are measured in turns: first all that start at once, then each compiled one beside the anchors."""
+    """The backends that are measured in turns: all that start at once, and each compiled one beside the anchors."""
     first = [name for name in wanted if name not in COMPILED]
     anchors = [name for name in first if name in ANCHORS]
     return ([first] if first else []) + [[*anchors, name] for name in wanted if name in COMPILED]

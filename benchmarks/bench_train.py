@@ -18,7 +18,7 @@ from fastcm.generation.generator import choose_device
 
 IDENTITY = ("bench", "model", "batch", "backend", "device", "precision")
 ANCHORS = ("published_step", "fastcm")
-# Each takes minutes to compile, so each has a measurement of its own, beside the anchors.
+# Each takes minutes to compile, so each has a measurement of its own, beside the anchors and after all of theirs.
 COMPILED = ("fastcm_compile", "compile")
 # A step is a pass forward of the student, one of the target, and one backward that costs two forward.
 PASSES = 4
@@ -33,22 +33,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is asked for, prints a table per model and batch, and returns 1 if a backend failed."""
     args = parse(argv)
     device = choose_device(args.device)
-    results = ResultsFile(args.json, identity=IDENTITY)
-    ceiling = matmul_tflop_s(device)
+    results, ceiling = ResultsFile(args.json, identity=IDENTITY), matmul_tflop_s(device)
     failed = False
+    for job, session in plan(args, device):
+        new = [name for name in session if results.find(identity(name, job)) is None]
+        if new:
+            rows = measure(job, session, new, limits(device, args.seconds, args.quick), ceiling)
+            results.add(*rows)
+            failed |= any("error" in row for row in rows)
+            print(*table(rows), sep="\n", flush=True)
+    return int(failed)
+
+
+def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[Job, list[str]]]:
+    """What is measured together, in order: for every model and batch the anchors, then the compiled steps."""
+    planned = []
     for model in (MODELS[name] for name in names(args.model, MODELS, "--model", default_models(device, args.quick))):
         default = model.train_batches.get(device.type, (4,))
         for batch in sizes(args.batch, "--batch", default[:1] if args.quick else default):
             job = Job(model, batch, device, args.precision, args.baseline_precision)
             wanted = names(args.backend, BACKENDS, "--backend", default_backends(device, args.quick))
-            for session in sessions(wanted):
-                new = [name for name in session if results.find(identity(name, job)) is None]
-                if new:
-                    rows = measure(job, session, new, limits(device, args.seconds, args.quick), ceiling)
-                    results.add(*rows)
-                    failed |= any("error" in row for row in rows)
-                    print(*table(rows), sep="\n", flush=True)
-    return int(failed)
+            planned += [(job, session) for session in sessions(wanted)]
+    return sorted(planned, key=lambda item: item[1][-1] in COMPILED)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,9 +77,10 @@ def default_backends(device: torch.device, quick: bool) -> list[str]:
 
 
 def limits(device: torch.device, seconds: float | None, quick: bool) -> Limits:
+    """A round is one step of each backend on a CPU, ten on CUDA."""
     if seconds is None:
-        seconds = 15 if quick else 60
-    return Limits(seconds, fewest=20 if device.type == "cuda" else 5, most=500)
+        seconds = 15 if quick or device.type == "cuda" else 60
+    return Limits(seconds, fewest=6, most=500)
 
 
 def sessions(wanted: Sequence[str]) -> list[list[str]]:

@@ -17,7 +17,7 @@ from fastcm.errors import InputError
 Row = dict[str, Any]
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "onnxruntime", "onnxruntime-gpu")
 # What may differ between two calls that fill one file.
-MOMENT = ("commit", "date", "fastcm", "threads")
+MOMENT = ("commit", "date", "fastcm")
 
 
 def machine() -> Row:

@@ -1,6 +1,7 @@
 """What the benchmarks share: models and their plain twins, timing in turns, options, files of results."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -152,6 +153,8 @@ def test_defaults_by_device():
     assert "compile" in bench_latency.default_backends(latency_backends.Job(MODELS["colour32"], 1, CPU, "auto"), True)
     on_gpu = latency_backends.Job(MODELS["imagenet64"], 1, gpu, "auto")
     assert bench_latency.default_backends(on_gpu, False) == ["eager", "diffusers", "fastcm", "compile", "compile_max"]
+    larger = latency_backends.Job(MODELS["imagenet64"], 16, gpu, "auto")
+    assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "compile"]
     assert {latency_backends.precision_of(name, on_gpu) for name in ("eager", "diffusers", "fastcm", "compile")} == {"bf16"}
     assert bench_train.default_models(gpu, False) == list(MODELS) and bench_train.default_models(CPU, True) == ["digits"]
     assert bench_train.default_backends(gpu, False) == ["published_step", "fastcm", "compile"]
@@ -172,15 +175,26 @@ def test_wrong_options_are_named(bench, arguments, message):
         bench.main(arguments)
 
 
+@pytest.mark.parametrize("bench", [bench_latency, bench_train])
+def test_what_compiles_comes_last(bench):
+    planned = bench.plan(bench.parse(["--model", "digits,colour32", "--batch", "1,2", "--backend", "compile,fastcm"]), CPU)
+    at_once = [(name, batch, ["fastcm"]) for name in ("digits", "colour32") for batch in (1, 2)]
+    expected = at_once + [(name, batch, ["fastcm", "compile"]) for name, batch, _ in at_once]
+    assert [(job.model.name, job.batch, session) for job, session in planned] == expected
+
+
 @pytest.mark.slow
 def test_compiled_competitors(tmp_path, monkeypatch):
+    """Dynamo and autograd's graphs without the C++ compiler, which takes minutes; test_bench_train.py compiles one step for real."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setitem(MODELS, "digits", TINY_MODEL)
     out = tmp_path / "out.json"
     shared = ["--model", "digits", "--seconds", "0.1", "--device", "cpu", "--json", str(out)]
     assert bench_latency.main([*shared, "--batch", "1", "--backend", "eager,compile"]) == 0
-    assert bench_train.main([*shared, "--backend", "published_step,compile"]) == 0
+    assert bench_train.main([*shared, "--backend", "published_step,compile,fastcm_compile"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["bench"], row["backend"]) for row in rows] == [
-        ("latency", "eager"), ("latency", "compile"), ("train", "published_step"), ("train", "compile")
+        ("latency", "eager"), ("latency", "compile"), ("train", "published_step"), ("train", "compile"), ("train", "fastcm_compile"),
     ]  # fmt: skip
     assert all(row["p50_ms"] > 0 for row in rows) and rows[1]["levels_apart"] <= 1
+    assert all(row["student_ms"] > row["distance_ms"] > 0 for row in rows[2:])
