@@ -6,7 +6,7 @@ from typing import Any
 
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest
-from fastcm.training.config import METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
+from fastcm.training.config import BOUNDARY_METHODS, CONTINUOUS_METHODS, METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
 from fastcm.training.data import Dataset
 
 DEFAULT = "digits"
@@ -17,6 +17,7 @@ def objective(method: str) -> ObjectiveConfig:
 
     edm: Karras et al. 2022, Table 1. cd, ct: Song et al. 2023, Table 3 (CIFAR-10), with l2 where the paper's best uses LPIPS.
     ict: Song and Dhariwal 2023, Table 1, the grid's last size lowered for runs of thousands rather than hundreds of thousands of steps.
+    ect: Geng et al. 2024, CIFAR-10: the pair closes by halves in eight stages. scd, sct: Lu and Song 2024, CIFAR-10.
     """
     return {
         "edm": ObjectiveConfig(P_mean=-1.2, P_std=1.2),
@@ -26,6 +27,12 @@ def objective(method: str) -> ObjectiveConfig:
             distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=-1.1, P_std=2.0,
             curriculum="doubling", s0=10, s1=160, mu_schedule="zero",
         ),
+        "ect": ObjectiveConfig(
+            distance="pseudo_huber", huber_c=0.0, loss_weight="1/gap", pairs="ect", P_mean=-1.1, P_std=2.0,
+            curriculum="stages", s0=1, s1=8, mu_schedule="zero",
+        ),
+        "scd": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
+        "sct": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
     }[method]  # fmt: skip
 
 
@@ -46,6 +53,10 @@ def digits(method: str = "ict", *, teacher: str | None = None) -> TrainConfig:
         loss = replace(loss, P_mean=0.6, P_std=1.8, s1=40)
     if method == "cd":  # iCT's distance, weight and pairs, which need fewer steps than l2 here
         loss = replace(loss, distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=0.6, P_std=1.8)
+    if method in ("ect", "scd", "sct"):
+        loss = replace(loss, P_mean=0.6, P_std=1.8)
+    if method in CONTINUOUS_METHODS:
+        loss = replace(loss, tangent_warmup_kimg=20.0)
     return TrainConfig(
         preset="digits", method=method, data="digits", network=network, noise=noise(method), objective=loss,
         optimizer=optimizer, duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0), batch=64, resolution=8, teacher=teacher,
@@ -73,7 +84,7 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
 
 def noise(method: str) -> Preconditioning:
     """sigma from 0.002 to 80, sigma_data 0.5 (Song et al. 2023, Appendix C); diffusion models take the EDM form."""
-    return Preconditioning(form="edm" if method == "edm" else "boundary")
+    return Preconditioning(form="boundary" if method in BOUNDARY_METHODS else "edm")
 
 
 PRESETS: dict[str, Callable[..., TrainConfig]] = {"digits": digits, "folder": folder}

@@ -45,3 +45,7 @@ def test_unknown_names_get_a_suggestion():
         discretization_steps("dubling", 0.5, s0=2, s1=10)
     with pytest.raises(InputError, match="objective.mu_schedule"):
         target_decay("adaptiv", 10, s0=2, mu0=0.9)
+
+
+def test_ect_stages_divide_the_run():
+    assert [discretization_steps("stages", k / 200, s0=1, s1=8) for k in (0, 24, 25, 100, 199, 200)] == [0, 0, 1, 4, 7, 7]

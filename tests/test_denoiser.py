@@ -67,3 +67,26 @@ def test_song_networks_see_a_quarter_of_ln_sigma():
 def test_settings_that_cannot_be_meant(fields, words):
     with pytest.raises(InputError, match=words.replace("?", r"\?")):
         Preconditioning(**fields)
+
+
+def test_trigflow_is_the_edm_form_with_the_sign_of_F_changed():
+    p = Preconditioning(form="edm", c_noise="arctan(sigma / sigma_data)")
+    sigma, x = torch.tensor([0.01, 0.5, 80.0]), torch.randn(3, 1, 4, 4)
+    t = torch.atan(sigma.double() / 0.5)
+    cos, sin = (f(t).view(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    x_t = cos * x.double()
+    expected = cos * x_t - sin * 0.5 * -Scaled()(x_t / 0.5, t)
+    torch.testing.assert_close(Denoiser(Scaled(), p)(x, sigma).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("c_noise", ["250 ln sigma", "ln sigma / 4", "arctan(sigma / sigma_data)"])
+def test_the_rate_of_c_noise_is_its_derivative_in_ln_sigma(c_noise):
+    p = Preconditioning(form="edm", c_noise=c_noise)
+    sigma = torch.tensor([0.01, 0.5, 80.0])
+    above, below = (p.coefficients(sigma * factor).c_noise.double() for factor in (1.01, 1 / 1.01))
+    torch.testing.assert_close(p.c_noise_rate(sigma).double(), (above - below) / (2 * torch.tensor(1.01).double().log()), rtol=1e-3, atol=1e-6)
+
+
+def test_the_edm_form_is_the_identity_at_zero():
+    x = torch.randn(2, 1, 4, 4)
+    assert torch.equal(Denoiser(Scaled(), Preconditioning(form="edm"))(x, torch.zeros(2)), x)

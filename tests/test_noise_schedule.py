@@ -82,3 +82,14 @@ def test_sampling_sigmas_start_at_sigma_max_and_leave_sigma_min_out():
     assert two[0] == 80.0 and two[1] == pytest.approx(noise_schedule.karras_grid(3, **GRID)[1].item())
     with pytest.raises(InputError, match="--steps: 0"):
         noise_schedule.sampling_sigmas(0, **GRID)
+
+
+@pytest.mark.parametrize(
+    ("t", "stage", "ratio"),  # r / t with q = 2, k = 8, b = 1: 1 - (1 + 8 / (1 + e^t)) / 2^(stage + 1), not below 0
+    [(0.01, 0, 0.0), (0.01, 2, 0.3775), (0.01, 7, 0.98052), (1.0, 0, 0.0), (1.0, 3, 0.80303), (20.0, 0, 0.5), (80.0, 7, 0.99609)],
+)
+def test_ect_pairs_close_as_the_stage_grows(t, stage, ratio):
+    settings = {"P_mean": math.log(t), "P_std": 1e-6, "q": 2.0, "k": 8.0, "b": 1.0}
+    hi, lo = noise_schedule.ect_pair(torch.tensor([0.3]), stage, **settings)
+    assert hi.item() == pytest.approx(t, rel=1e-4) and hi.dtype == lo.dtype == torch.float32
+    assert (lo / hi).item() == pytest.approx(ratio, abs=2e-5)

@@ -4,7 +4,7 @@ import math
 
 from fastcm.errors import InputError, nearest
 
-CURRICULA = ("fixed", "progressive", "doubling")
+CURRICULA = ("fixed", "progressive", "doubling", "stages")
 MU_SCHEDULES = ("zero", "fixed", "adaptive", "adaptive-code")
 
 
@@ -14,6 +14,7 @@ def discretization_steps(curriculum: str, progress: float, *, s0: int, s1: int) 
     fixed: s0 throughout (distillation, Consistency Models Table 3).
     progressive: ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1 (Consistency Models, Appendix C), at least 2.
     doubling: min(s0 2^floor(k/K'), s1) + 1 with K' = K / (log2(s1/s0) + 1) (iCT, section 3.4).
+    stages: floor(k/K s1), at most s1 - 1: not a count of levels but ECT's stage a, of s1 stages in all (Geng et al. 2024).
     """
     if curriculum == "fixed":
         return s0
@@ -24,6 +25,8 @@ def discretization_steps(curriculum: str, progress: float, *, s0: int, s1: int) 
         # the small term keeps a stage's first step in its stage: k/K * stages can round below the integer.
         stage = min(math.floor(progress * stages + 1e-9), stages - 1)
         return min(s0 * 2**stage, s1) + 1
+    if curriculum == "stages":
+        return min(math.floor(progress * s1 + 1e-9), s1 - 1)
     raise InputError(
         f"unknown value in objective.curriculum: {curriculum}. Use one of {', '.join(CURRICULA)}.{nearest(curriculum, CURRICULA)}"
     )

@@ -10,7 +10,9 @@ from fastcm import kernels
 from fastcm.errors import InputError, nearest
 
 FORMS = ("boundary", "edm")
-C_NOISE = ("250 ln sigma", "ln sigma / 4")
+C_NOISE = ("250 ln sigma", "ln sigma / 4", "arctan(sigma / sigma_data)")
+# Below every level that is trained or sampled; the lower end of an ECT pair may be 0, where c_out = 0 and c_noise need only be finite.
+SMALLEST_SIGMA = 1e-20
 
 
 class Coefficients(NamedTuple):
@@ -28,8 +30,10 @@ class Preconditioning:
 
     form: "edm" is Table 1 of Karras et al. 2022; "boundary" shifts sigma by sigma_min in c_skip and c_out so that
       D(x, sigma_min) = x exactly (Consistency Models, Appendix C).
+      In TrigFlow's terms (Lu and Song 2024) the EDM form is f = cos(t) x_t - sin(t) sigma_data F' with tan(t) = sigma / sigma_data,
+      x_t = cos(t) x and F' = -F: a diffusion model needs no conversion to be tuned by ect, sct or scd.
     c_noise: the scalar the network is conditioned on. ADM networks take 1000 * ln(sigma) / 4 (OpenAI and diffusers),
-      SongUNets ln(sigma) / 4 (EDM).
+      SongUNets ln(sigma) / 4 (EDM); TrigFlow's own is t = arctan(sigma / sigma_data).
     """
 
     form: str = "boundary"
@@ -62,8 +66,22 @@ class Preconditioning:
         c_skip = data_variance / (shifted.square() + data_variance)
         c_out = shifted * self.sigma_data * (sigma.square() + data_variance).rsqrt()
         c_in = (sigma.square() + data_variance).rsqrt()
-        scale = 250.0 if self.c_noise == "250 ln sigma" else 0.25
-        return Coefficients(c_skip, c_out, c_in, scale * sigma.log())
+        return Coefficients(c_skip, c_out, c_in, self._c_noise(sigma))
+
+    def _c_noise(self, sigma: Tensor) -> Tensor:
+        if self.c_noise == "arctan(sigma / sigma_data)":
+            return torch.atan(sigma / self.sigma_data)
+        return self._log_scale * sigma.clamp(min=SMALLEST_SIGMA).log()
+
+    @property
+    def _log_scale(self) -> float:
+        return 250.0 if self.c_noise == "250 ln sigma" else 0.25
+
+    def c_noise_rate(self, sigma: Tensor) -> Tensor:
+        """d c_noise / d ln(sigma) at sigma [B] fp32, which is cos(t) sin(t) d c_noise / dt in TrigFlow's time t."""
+        if self.c_noise == "arctan(sigma / sigma_data)":
+            return sigma * self.sigma_data / (sigma.square() + self.sigma_data**2)
+        return torch.full_like(sigma, self._log_scale)
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -72,6 +72,17 @@ def log_normal_pair(
     return _pair(index, steps, **grid)
 
 
+def ect_pair(u: Tensor, stage: int, *, P_mean: float, P_std: float, q: float, k: float, b: float) -> tuple[Tensor, Tensor]:
+    """Levels (sigma_hi, sigma_lo) = (t, r), each [B] fp32, of Easy Consistency Tuning (Geng et al. 2024, section 3).
+
+    t is log-normal; r = max(0, t (1 - n(t) / q^(stage + 1))) with n(t) = 1 + k sigmoid(-b t). The pair closes as the stage a grows;
+    where it is wide open r is 0, and the target is the image itself.
+    """
+    t = log_normal(u, P_mean=P_mean, P_std=P_std)
+    n = 1 + k * torch.sigmoid(-b * t)
+    return t, (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+
+
 def _pair(index: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[Tensor, Tensor]:
     hi, lo = (karras_sigma(i, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).float() for i in (index, index + 1))
     return hi, lo

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, expand, working_dtype
+from fastcm.consistency.solver import Denoise
+from fastcm.consistency.tangent import NetworkTangent
 from fastcm.errors import InputError, nearest
 
-DISTANCES = ("l1", "l2", "pseudo_huber")
+PIXEL_DISTANCES = ("l1", "l2", "pseudo_huber")
 LOSS_WEIGHTS = ("uniform", "snr", "snr+1", "karras", "truncated-snr", "1/gap")
 
 # An ODE step of the teacher: (x_hi, sigma_hi, sigma_lo, labels) -> x_lo.
 TeacherStep = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# A distance of two denoised images through a network: (D_student, D_target) fp32 [B, C, H, W] -> [B]; the gradient goes to D_student.
+FeatureDistance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Batch(NamedTuple):
@@ -28,7 +32,11 @@ class Batch(NamedTuple):
 
 
 def loss_weight(name: str, sigma_hi: Tensor, sigma_lo: Tensor, *, sigma_data: float) -> Tensor:
-    """lambda(sigma) [B]: the published weightings, SNR = sigma^-2 at the noisier level; "1/gap" is iCT's 1 / (sigma_hi - sigma_lo)."""
+    """lambda(sigma) [B]: the published weightings, SNR = sigma^-2 at the noisier level.
+
+    "1/gap" is iCT's and ECT's 1 / (sigma_hi - sigma_lo); "karras", 1 / sigma_data^2 + SNR, is also ECT's for ImageNet,
+    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
+    """
     snr = sigma_hi.square().reciprocal()
     if name == "uniform":
         return torch.ones_like(sigma_hi)
@@ -72,15 +80,16 @@ def consistency_loss(
     sigma_lo: Tensor,
     *,
     weight: Tensor,
-    distance: str,
+    distance: str | FeatureDistance,
     huber_c: float = 0.0,
     teacher_step: TeacherStep | None = None,
 ) -> Tensor:
     """Consistency distillation and training, [B] fp32: lambda d(f(x_hi, sigma_hi), f-(x_lo, sigma_lo)).
 
-    Song et al. 2023, Algorithms 2 and 3.
+    Song et al. 2023, Algorithms 2 and 3. iCT and ECT are the same with other pairs, weights and distances.
 
     student: f with gradient; target: f- without, its moving average or the student itself. sigma_hi > sigma_lo: [B] fp32.
+    distance: a name of PIXEL_DISTANCES, or a function of the two denoised images.
     teacher_step: the ODE solver's step with a diffusion teacher (distillation), or None (training from data alone).
     """
     hi, lo = student.coefficients(sigma_hi), target.coefficients(sigma_lo)
@@ -97,4 +106,58 @@ def consistency_loss(
         F_lo = target.network(scaled_lo, lo.c_noise, batch.labels)
     set_dropout_stream(student.network, batch)
     F_hi = student.network(noisy.scaled_hi, hi.c_noise, batch.labels)
+    if not isinstance(distance, str):
+        D_hi = kernels.precondition(noisy.x_hi, F_hi, hi.c_skip, hi.c_out)
+        return weight * distance(D_hi, kernels.precondition(x_lo, F_lo, lo.c_skip, lo.c_out))
     return kernels.distance(noisy.x_hi, F_hi, hi.c_skip, hi.c_out, x_lo, F_lo, lo.c_skip, lo.c_out, weight, kind=distance, c=huber_c)
+
+
+def continuous_loss(
+    student: Denoiser,
+    batch: Batch,
+    sigma: Tensor,
+    *,
+    tangent: NetworkTangent,
+    warmup: float,
+    tangent_c: float = 0.1,
+    teacher: Denoise | None = None,
+    log_weight: nn.Module | None = None,
+) -> Tensor:
+    """Continuous-time consistency training (sCT) and distillation (sCD), [B] fp32 (Lu and Song 2024, Algorithm 1).
+
+    In TrigFlow's time, tan(t) = sigma / sigma_data, the student in the EDM form is f = cos(t) x_t + sin(t) sigma_data F. With F- the
+    student without gradient, the loss is exp(w) / n ||F - (F- - g)||^2 - w, where g is cos(t) df/dt of F-, its last part times
+    `warmup`, divided by ||g|| + tangent_c.
+
+    sigma: [B] fp32. tangent: F- and its derivative (`network_tangent` of the student's network). warmup: r in [0, 1].
+    teacher: D(x, sigma, labels), whose ODE gives dx/dt (distillation), or None: the image and its noise do (training from data alone).
+    log_weight: w(sigma) [B], trained along; None for w = 0.
+    """
+    sigma_data = student.preconditioning.sigma_data
+    c = student.coefficients(sigma)
+    dtype = working_dtype(student.network)
+    noisy = kernels.perturb(
+        batch.images, batch.seed, batch.position, sigma, torch.zeros_like(sigma), c_in_hi=c.c_in, flip=batch.flip, dtype=dtype
+    )
+    set_dropout_stream(student.network, batch)
+    with torch.no_grad():
+        x, image = noisy.x_hi, noisy.x_lo
+        cos, sin = expand(sigma_data * c.c_in, x), expand(sigma * c.c_in, x)
+        x_t = cos * x
+        # training: the image itself; distillation: the teacher's denoised image. sin(t) dx/dt = cos(t) x_t - D.
+        D_x = image if teacher is None else teacher(x, sigma, batch.labels)
+        sin_dx = cos * x_t - D_x
+        # cos(t) sin(t) d/dt = d/d ln(sigma): the network's tangent is taken in ln(sigma), where nothing divides by a small sine.
+        c_noise_rate = student.preconditioning.c_noise_rate(sigma)
+        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, (cos * sin_dx / sigma_data).to(dtype), c_noise_rate)
+        F_minus, dF = F_minus.float(), dF.float()
+        g = cos.square() * (sigma_data * F_minus + sin_dx / sin) - warmup * (cos * sin * x_t - sigma_data * dF)
+        g = g / (torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True) + tangent_c)
+        goal = F_minus - g
+    F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
+    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
+    squared = kernels.distance(x, F_x, zero, one, goal, None, None, None, one, kind="l2")  # of F itself: c_skip = 0, c_out = 1
+    if log_weight is None:
+        return squared
+    w = log_weight(sigma)
+    return w.exp() * squared - w

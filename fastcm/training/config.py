@@ -8,12 +8,17 @@ from typing import Any
 
 from fastcm.consistency.curriculum import CURRICULA, MU_SCHEDULES
 from fastcm.consistency.denoiser import Preconditioning
-from fastcm.consistency.objective import DISTANCES, LOSS_WEIGHTS
+from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
 from fastcm.consistency.solver import STEPS
+from fastcm.consistency.tangent import TANGENTS
 from fastcm.errors import InputError, nearest
 
-METHODS = ("edm", "cd", "ct", "ict")
-PAIRS = ("uniform", "log-normal")
+METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct")
+CONTINUOUS_METHODS = ("scd", "sct")
+TAUGHT_METHODS = ("cd", "scd")  # those that read a diffusion teacher
+BOUNDARY_METHODS = ("cd", "ct", "ict")  # those whose denoiser is the identity at sigma_min rather than at 0
+PAIRS = ("uniform", "log-normal", "ect")
+DISTANCES = (*PIXEL_DISTANCES, "lpips", "classifier")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("radam", "adamw")
 
@@ -35,11 +40,14 @@ def _number(name: str, value: object, low: float, high: float = math.inf, *, who
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The loss. Fields that a method does not read are None, so that none is silently ignored.
+    """The loss; `FIELDS_OF` says which method reads which field.
 
-    distance: l1, l2 (mean over the image) or pseudo_huber with huber_c = 0.00054 sqrt(C H W) where None (iCT, section 3.3).
-    pairs: how adjacent levels are drawn, "uniform" over the grid (CM) or "log-normal" (iCT, with P_mean and P_std).
-    curriculum, s0, s1: N(k). mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
+    distance: l1, l2 (mean over the image), pseudo_huber with huber_c = 0.00054 sqrt(C H W) where None (iCT, section 3.3), lpips, or
+      classifier: the features of a classifier trained on the run's own labelled pictures.
+    pairs: how two levels are drawn: "uniform" over the grid (CM), "log-normal" over it (iCT, with P_mean and P_std), or "ect": log-normal
+      and without a grid, with ect_q, ect_k, ect_b of its map (`noise_schedule.ect_pair`).
+    curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
+    tangent, tangent_c, tangent_warmup_kimg, adaptive_weight: continuous-time methods (`objective.continuous_loss`).
     """
 
     distance: str = "l2"
@@ -54,20 +62,50 @@ class ObjectiveConfig:
     mu_schedule: str = "fixed"
     mu0: float = 0.0
     solver: str = "heun"
+    ect_q: float = 2.0
+    ect_k: float = 8.0
+    ect_b: float = 1.0
+    tangent: str = "jvp"
+    tangent_c: float = 0.1
+    tangent_warmup_kimg: float = 0.0
+    adaptive_weight: bool = True
 
     def __post_init__(self):
         for name, choices in (
             ("distance", DISTANCES), ("loss_weight", LOSS_WEIGHTS), ("pairs", PAIRS),
-            ("curriculum", CURRICULA), ("mu_schedule", MU_SCHEDULES), ("solver", tuple(STEPS)),
+            ("curriculum", CURRICULA), ("mu_schedule", MU_SCHEDULES), ("solver", tuple(STEPS)), ("tangent", TANGENTS),
+            ("adaptive_weight", (True, False)),
         ):  # fmt: skip
             _choice(f"objective.{name}", getattr(self, name), choices)
         if self.huber_c is not None:
             _number("objective.huber_c", self.huber_c, 0)
         _number("objective.P_mean", self.P_mean, -math.inf)
         _number("objective.P_std", self.P_std, 0, open_low=True)
-        _number("objective.s0", self.s0, 2, whole=True)
+        stages = self.curriculum == "stages"
+        _number("objective.s0", self.s0, 1 if stages else 2, whole=True)
         _number("objective.s1", self.s1, self.s0, whole=True)
+        if stages != (self.pairs == "ect"):
+            raise InputError(f"curriculum of other pairs in objective.curriculum: {self.curriculum}. Pairs of ect take stages.")
+        _number("objective.ect_q", self.ect_q, 1, open_low=True)
+        _number("objective.ect_k", self.ect_k, 0)
+        _number("objective.ect_b", self.ect_b, 0)
+        _number("objective.tangent_c", self.tangent_c, 0)
+        _number("objective.tangent_warmup_kimg", self.tangent_warmup_kimg, 0)
         _number("objective.mu0", self.mu0, 0, 1)
+
+
+# The fields of ObjectiveConfig that each method reads. A change of any other would be ignored, and is refused.
+_PAIR_FIELDS = ("distance", "huber_c", "loss_weight", "pairs", "P_mean", "P_std", "curriculum", "s0", "s1", "mu_schedule", "mu0")
+_TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
+FIELDS_OF = {
+    "edm": ("P_mean", "P_std"),
+    "cd": (*_PAIR_FIELDS, "solver"),
+    "ct": _PAIR_FIELDS,
+    "ict": _PAIR_FIELDS,
+    "ect": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b"),
+    "scd": _TANGENT_FIELDS,
+    "sct": _TANGENT_FIELDS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +165,7 @@ class TrainConfig:
     flip: bool = False
     teacher: str | None = None
     init: str | None = None
+    lpips_weights: str | None = None
     precision: str = "auto"
     device: str = "auto"
     compile: str = "auto"
@@ -150,17 +189,21 @@ class TrainConfig:
         for name in ("evaluate_every_kimg", "sample_every_kimg"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0, open_low=True)
-        if self.method == "cd" and self.teacher is None:
-            raise InputError("missing option for --method cd: --teacher. Name a diffusion model made by --method edm.")
-        if self.method != "cd" and self.teacher is not None:
+        taught = self.method in TAUGHT_METHODS
+        if taught and self.teacher is None:
+            raise InputError(f"missing option for --method {self.method}: --teacher. Name a diffusion model made by --method edm.")
+        if not taught and self.teacher is not None:
             raise InputError(
                 f"unused option with --method {self.method}: --teacher {self.teacher}. "
-                "Only cd reads a teacher; use --init to start from it."
+                f"Only {' and '.join(TAUGHT_METHODS)} read a teacher; use --init to start from it."
             )
-        if (self.method == "edm") != (self.noise.form == "edm"):
-            raise InputError(
-                f"form of another method in noise.form: {self.noise.form}. edm trains the edm form, every other method the boundary form."
-            )
+        form = "boundary" if self.method in BOUNDARY_METHODS else "edm"
+        if self.noise.form != form:
+            raise InputError(f"form of another method in noise.form: {self.noise.form}. {self.method} trains the {form} form.")
+        if (self.objective.pairs == "ect") != (self.method == "ect"):
+            raise InputError(f"pairs of another method in objective.pairs: {self.objective.pairs}. ect alone draws pairs of ect.")
+        if self.lpips_weights is not None and self.objective.distance != "lpips":
+            raise InputError(f"unused option: --lpips-weights {self.lpips_weights}. Add --set objective.distance=lpips.")
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""
@@ -190,6 +233,10 @@ def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tu
             raise InputError(f"unknown setting in --set: {key}.{nearest(key, known) or ' Run fastcm train --dry-run for the list.'}")
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else top)[name] = value
+    for name in nested.get("objective", {}):
+        method = top.get("method", config.method)
+        if name not in FIELDS_OF[method]:
+            raise InputError(f"unused setting in --set: objective.{name}. {method} reads {', '.join(FIELDS_OF[method])}.")
     for section, fields in nested.items():
         current = getattr(config, section)
         top[section] = {**current, **fields} if section == "network" else dataclasses.replace(current, **_typed(sections[section], fields))

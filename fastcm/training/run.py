@@ -16,8 +16,10 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError
 from fastcm.generation.generator import Generator, choose_device
 from fastcm.training.checkpoint import newest_checkpoint, save_checkpoint
-from fastcm.training.config import TrainConfig
+from fastcm.training.config import FIELDS_OF, TrainConfig
 from fastcm.training.data import Dataset
+from fastcm.training.feature_distance import feature_distance
+from fastcm.training.method_loss import Guides
 from fastcm.training.monitor import Monitor
 from fastcm.training.run_folder import RunFolder
 from fastcm.training.signals import StopRequest
@@ -104,14 +106,19 @@ def run(
     start = init if init is not None else teacher  # distillation starts from the teacher's weights (Song et al. 2023, section 5.1)
     if start is not None:
         copy_weights(network, start[0].network, "--init" if init is not None else "--teacher")
+    if config.objective.tangent == "finite-difference" and precision != "fp32":
+        raise InputError(f"too coarse for objective.tangent finite-difference in --precision: {precision}. Use fp32, or the tangent jvp.")
+    distance = feature_distance(config, dataset)
+    guides = Guides(
+        teacher=None if teacher is None else teacher[0].to(device), feature_distance=None if distance is None else distance.to(device)
+    )
     folder = RunFolder(out, settings(config, dataset, network, precision))
     try:
         network = network.to(device).train()
-        needs_target = config.method != "edm" and config.objective.mu_schedule != "zero"
+        needs_target = "mu_schedule" in FIELDS_OF[config.method] and config.objective.mu_schedule != "zero"
         trainer = Trainer(
             config, network, copy.deepcopy(network).requires_grad_(False) if needs_target else None, dataset,
-            device=device, precision=precision, compiled=resolve_compile(config.compile, device),
-            teacher=None if teacher is None else teacher[0].to(device),
+            device=device, precision=precision, compiled=resolve_compile(config.compile, device), guides=guides,
         )  # fmt: skip
         return _Session(trainer, folder, callbacks).train()
     finally:

@@ -14,8 +14,9 @@ class StepValues:
 
     lr: float
     ema_decays: tuple[float, ...]
-    steps: int  # N, the number of noise levels
+    steps: int  # N, the number of noise levels; ECT's stage
     mu: float
+    tangent_warmup: float  # r of continuous-time methods
 
 
 def step_values(config: TrainConfig, nimg: int) -> StepValues:
@@ -26,7 +27,9 @@ def step_values(config: TrainConfig, nimg: int) -> StepValues:
     steps = curriculum.discretization_steps(objective.curriculum, progress, s0=objective.s0, s1=objective.s1)
     mu = curriculum.target_decay(objective.mu_schedule, steps, s0=objective.s0, mu0=objective.mu0)
     decays = tuple(ema_decay(config.optimizer, halflife, nimg=nimg, batch=config.batch) for halflife in config.optimizer.ema_halflife_kimg)
-    return StepValues(learning_rate(config.optimizer, nimg=nimg, total_nimg=total_nimg), decays, steps, mu)
+    warmup_nimg = objective.tangent_warmup_kimg * 1000
+    warmup = 1.0 if warmup_nimg == 0 else min(nimg / warmup_nimg, 1.0)
+    return StepValues(learning_rate(config.optimizer, nimg=nimg, total_nimg=total_nimg), decays, steps, mu, warmup)
 
 
 def learning_rate(optimizer: OptimizerConfig, *, nimg: int, total_nimg: int) -> float:
@@ -45,14 +48,18 @@ def ema_decay(optimizer: OptimizerConfig, halflife_kimg: float, *, nimg: int, ba
 
 
 def sigma_pair(config: TrainConfig, u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Adjacent noise levels, each [B] fp32, from uniforms u [B]."""
+    """The two noise levels (sigma_hi, sigma_lo), each [B] fp32, from uniforms u [B]. steps: N, or ECT's stage."""
     noise, objective = config.noise, config.objective
     grid = {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "rho": noise.rho}
     if objective.pairs == "uniform":
         return noise_schedule.uniform_pair(u, steps, **grid)
+    if objective.pairs == "ect":
+        return noise_schedule.ect_pair(
+            u, steps, P_mean=objective.P_mean, P_std=objective.P_std, q=objective.ect_q, k=objective.ect_k, b=objective.ect_b
+        )
     return noise_schedule.log_normal_pair(u, steps, **grid, P_mean=objective.P_mean, P_std=objective.P_std)
 
 
 def sigma_draw(objective: ObjectiveConfig, u: Tensor) -> Tensor:
-    """Noise levels [B] fp32 of diffusion training."""
+    """Noise levels [B] fp32 of diffusion and of continuous-time consistency training."""
     return noise_schedule.log_normal(u, P_mean=objective.P_mean, P_std=objective.P_std)

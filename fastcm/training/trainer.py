@@ -1,6 +1,5 @@
 """The trainer: one `train_step` that reads as the paper's algorithm, and the loop that repeats it."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,15 @@ from torch import Tensor, nn
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.consistency.objective import Batch, TeacherStep, consistency_loss, edm_loss, loss_weight
-from fastcm.consistency.solver import solver_step
+from fastcm.consistency.objective import Batch
 from fastcm.errors import RunError
 from fastcm.training.config import TrainConfig
 from fastcm.training.data import Dataset
+from fastcm.training.method_loss import Guides, MethodLoss
 from fastcm.training.optimizer import FlatOptimizer
-from fastcm.training.schedule import StepValues, sigma_draw, sigma_pair, step_values
+from fastcm.training.schedule import StepValues, step_values
 
-SIGMA_STREAM, FLIP_STREAM = 1, 2
+FLIP_STREAM = 2
 # A run of this many updates in a row with a loss or gradient that is not finite ends the training.
 NONFINITE_LIMIT = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +33,7 @@ class Progress:
     loss: float
     grad_norm: float
     lr: float
-    steps: int  # N
+    steps: int  # N; ECT's stage
     mu: float
     skipped: int  # updates left out so far because their gradient was not finite
     images_per_s: float
@@ -44,7 +43,7 @@ class Trainer:
     """Trains `network` on `dataset` as `config` says. All randomness is a function of (config.seed, nimg)."""
 
     def __init__(self, config: TrainConfig, network: nn.Module, target_network: nn.Module | None, dataset: Dataset, *, device: torch.device,
-                 precision: str, compiled: bool, teacher: Denoiser | None = None):  # fmt: skip
+                 precision: str, compiled: bool, guides: Guides | None = None):  # fmt: skip
         self.config, self.dataset, self.device = config, dataset, device
         self.total_nimg = round(config.duration_kimg * 1000)
         self.optimizer = FlatOptimizer(network, target_network, config.optimizer, dtype=DTYPES[precision])
@@ -52,8 +51,13 @@ class Trainer:
         self.target = self.student
         if target_network is not None:
             self.target = Denoiser(torch.compile(target_network) if compiled else target_network, config.noise)
-        self.teacher_step = None if teacher is None else bind_teacher(teacher, config.objective.solver)
-        self.huber_c = huber_constant(config, dataset)
+        self.method_loss = MethodLoss(
+            config, self.student, self.target, guides or Guides(), tangent_network=network,
+            image_shape=(dataset.channels, dataset.resolution, dataset.resolution), compiled=compiled,
+        )  # fmt: skip
+        self.optimizers = {"": self.optimizer}  # by the prefix of their parts in a checkpoint
+        if self.method_loss.log_weight is not None:
+            self.optimizers["log_weight."] = FlatOptimizer(self.method_loss.log_weight.to(device), None, config.optimizer)
         self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
         self.step, self.nimg = 0, 0
         # Scalars that change every step live on the device, so that compiled code and graphs see no new constants.
@@ -72,26 +76,20 @@ class Trainer:
 
     def losses(self, batch: Batch, values: StepValues) -> Tensor:
         """The per-sample loss [B] fp32 of the configured method."""
-        objective = self.config.objective
-        u = kernels.uniform(batch.seed, batch.position, stream=SIGMA_STREAM)
-        if self.config.method == "edm":
-            return edm_loss(self.student, batch, sigma_draw(objective, u))
-        sigma_hi, sigma_lo = sigma_pair(self.config, u, values.steps)
-        return consistency_loss(
-            self.student, self.target, batch, sigma_hi, sigma_lo,
-            weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data),
-            distance=objective.distance, huber_c=self.huber_c, teacher_step=self.teacher_step,
-        )  # fmt: skip
+        return self.method_loss(batch, values)
 
     def train_step(self) -> StepValues:
         """Algorithms 2 and 3 of Consistency Models: draw images, noise and a pair of levels; descend; update target and averages."""
         values = step_values(self.config, self.nimg)
         self._set_scalars(values)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
         loss = self.losses(self.next_batch(), values).mean()
         loss.backward()
-        self.grad_norm = self.optimizer.gradient_norm()
-        self.optimizer.step(lr=self.lr, mu=self.mu, ema_decays=self.ema_decays, grad_norm=self.grad_norm)
+        norms = [optimizer.gradient_norm() for optimizer in self.optimizers.values()]
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        for optimizer in self.optimizers.values():
+            optimizer.step(lr=self.lr, mu=self.mu, ema_decays=self.ema_decays, grad_norm=self.grad_norm)
         self.loss = loss.detach()
         self._count_nonfinite()
         self.step += 1
@@ -132,12 +130,15 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Everything a checkpoint holds: named tensors by part, and JSON-ready counters."""
-        parts = self.optimizer.state_dict()
+        parts = {
+            f"{prefix}{role}": tensors for prefix, optimizer in self.optimizers.items() for role, tensors in optimizer.state_dict().items()
+        }
         parts["counters"]["nonfinite"] = torch.cat([self.nonfinite_in_a_row, self.nonfinite_longest])
         return parts, {"step": self.step, "nimg": self.nimg, "threads": torch.get_num_threads()}
 
     def restore(self, parts: dict[str, dict[str, Tensor]], state: dict) -> None:
-        self.optimizer.load_state_dict(parts)
+        for prefix, optimizer in self.optimizers.items():
+            optimizer.load_state_dict({name.removeprefix(prefix): part for name, part in parts.items() if name.startswith(prefix)})
         nonfinite = parts["counters"]["nonfinite"].to(self.device)
         self.nonfinite_in_a_row, self.nonfinite_longest = nonfinite[:1].clone(), nonfinite[1:].clone()
         self.step, self.nimg = state["step"], state["nimg"]
@@ -155,20 +156,6 @@ class Trainer:
                 began, began_nimg = time.monotonic(), self.nimg
             if not on_step():
                 return
-
-
-def bind_teacher(teacher: Denoiser, solver: str) -> TeacherStep:
-    """The ODE step of `solver` with the teacher as its denoiser, without gradient."""
-    step = solver_step(solver)
-    teacher = teacher.eval().requires_grad_(False)
-    return lambda x_hi, sigma_hi, sigma_lo, labels: step(teacher, x_hi, sigma_hi, sigma_lo, labels)
-
-
-def huber_constant(config: TrainConfig, dataset: Dataset) -> float:
-    """c of the pseudo-Huber distance: as configured, else 0.00054 sqrt(C H W) (iCT, section 3.3)."""
-    if config.objective.huber_c is not None:
-        return config.objective.huber_c
-    return 0.00054 * math.sqrt(dataset.channels * dataset.resolution**2)
 
 
 Callback = Callable[[Progress, Trainer], None]

@@ -1,0 +1,47 @@
+"""The derivative of a network along the trajectory of the probability-flow ODE, by forward-mode differentiation or by a difference."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastcm.errors import InputError, nearest
+
+# (x, c_noise, labels, x_rate, c_noise_rate) -> (F, dF), both without gradient.
+NetworkTangent = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
+# The difference's step in ln(sigma): fp32 rounds F by 1e-7 of itself, so its quotient is good to about 1e-3.
+DIFFERENCE_STEP = 1e-3
+TANGENTS = ("jvp", "finite-difference")
+
+
+def network_tangent(network: nn.Module, kind: str, *, compiled: bool = False) -> NetworkTangent:
+    """Returns the function that gives F and its directional derivative; rates have the shapes and dtypes of what they are rates of.
+
+    jvp: one dual pass (Lu and Song 2024, section 4.1), in which GroupNorm and attention are taken by their definitions, since torch's fused
+    forms have no forward mode. finite-difference: (F(x) - F(x - h x')) / h, two ordinary passes of an fp32 network
+    (rCM, Zheng et al. 2025, calls it semi-continuous; the step here is one of ln(sigma), which keeps it small at every level).
+    """
+    if kind == "jvp":
+        run = _jvp(network)
+        return torch.compile(run) if compiled else run
+    if kind == "finite-difference":
+        return _difference(torch.compile(network) if compiled else network)
+    raise InputError(f"unknown value in objective.tangent: {kind}. Use one of {', '.join(TANGENTS)}.{nearest(kind, TANGENTS)}")
+
+
+def _jvp(network: nn.Module) -> NetworkTangent:
+    def run(x, c_noise, labels, x_rate, c_noise_rate):
+        with torch.no_grad():
+            return torch.func.jvp(lambda x, c_noise: network(x, c_noise, labels), (x, c_noise), (x_rate, c_noise_rate))
+
+    return run
+
+
+def _difference(network: nn.Module) -> NetworkTangent:
+    def run(x, c_noise, labels, x_rate, c_noise_rate):
+        with torch.no_grad():
+            F_x = network(x, c_noise, labels)
+            before = network(x - DIFFERENCE_STEP * x_rate, c_noise - DIFFERENCE_STEP * c_noise_rate, labels)
+            return F_x, (F_x - before) / DIFFERENCE_STEP
+
+    return run

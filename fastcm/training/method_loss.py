@@ -1,0 +1,83 @@
+"""The configured method's loss of a batch: which levels are drawn, who is the teacher, which distance and weight apply."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastcm import kernels
+from fastcm.consistency.denoiser import Denoiser
+from fastcm.consistency.log_weight import LogWeight
+from fastcm.consistency.objective import (
+    Batch,
+    FeatureDistance,
+    TeacherStep,
+    consistency_loss,
+    continuous_loss,
+    edm_loss,
+    loss_weight,
+)
+from fastcm.consistency.solver import solver_step
+from fastcm.consistency.tangent import network_tangent
+from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig
+from fastcm.training.schedule import StepValues, sigma_draw, sigma_pair
+
+SIGMA_STREAM = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guides:
+    """The frozen networks that a loss looks at, on the run's device; None where the method has none."""
+
+    teacher: Denoiser | None = None
+    feature_distance: FeatureDistance | None = None
+
+
+class MethodLoss:
+    """loss(batch, values) -> per-sample loss [B] fp32.
+
+    student: its network may be a compiled module; tangent_network: the same weights uncompiled, for the derivative of sct and scd.
+    log_weight: the trained w(sigma) of continuous-time methods, to be optimised along; None elsewhere.
+    """
+
+    def __init__(self, config: TrainConfig, student: Denoiser, target: Denoiser, guides: Guides, *, tangent_network: nn.Module,
+                 image_shape: tuple[int, int, int], compiled: bool):  # fmt: skip
+        self.config, self.student, self.target = config, student, target
+        self.teacher = guides.teacher
+        self.teacher_step = None if guides.teacher is None else bind_teacher(guides.teacher, config.objective.solver)
+        self.distance = config.objective.distance if guides.feature_distance is None else guides.feature_distance
+        self.huber_c = huber_constant(config.objective.huber_c, image_shape)
+        self.tangent, self.log_weight = None, None
+        if config.method in CONTINUOUS_METHODS:
+            self.tangent = network_tangent(tangent_network, config.objective.tangent, compiled=compiled)
+            if config.objective.adaptive_weight:
+                self.log_weight = LogWeight()
+
+    def __call__(self, batch: Batch, values: StepValues) -> Tensor:
+        objective = self.config.objective
+        u = kernels.uniform(batch.seed, batch.position, stream=SIGMA_STREAM)
+        if self.config.method == "edm":
+            return edm_loss(self.student, batch, sigma_draw(objective, u))
+        if self.config.method in CONTINUOUS_METHODS:
+            return continuous_loss(
+                self.student, batch, sigma_draw(objective, u), tangent=self.tangent, warmup=values.tangent_warmup,
+                tangent_c=objective.tangent_c, teacher=self.teacher, log_weight=self.log_weight,
+            )  # fmt: skip
+        sigma_hi, sigma_lo = sigma_pair(self.config, u, values.steps)
+        return consistency_loss(
+            self.student, self.target, batch, sigma_hi, sigma_lo,
+            weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data),
+            distance=self.distance, huber_c=self.huber_c, teacher_step=self.teacher_step,
+        )  # fmt: skip
+
+
+def bind_teacher(teacher: Denoiser, solver: str) -> TeacherStep:
+    """The ODE step of `solver` with the teacher as its denoiser, without gradient."""
+    step = solver_step(solver)
+    teacher = teacher.eval().requires_grad_(False)
+    return lambda x_hi, sigma_hi, sigma_lo, labels: step(teacher, x_hi, sigma_hi, sigma_lo, labels)
+
+
+def huber_constant(configured: float | None, image_shape: tuple[int, int, int]) -> float:
+    """c of the pseudo-Huber distance: as configured, else 0.00054 sqrt(C H W) (iCT, section 3.3)."""
+    return 0.00054 * math.sqrt(math.prod(image_shape)) if configured is None else configured
