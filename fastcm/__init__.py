@@ -1,10 +1,16 @@
 """fastcm: train, run and ship consistency models."""
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "RunError", "__version__", "load", "train"]
+__all__ = ["InputError", "RunError", "__version__", "load", "picture", "train"]
 
 # torch takes a second to import: what needs it is imported when it is first asked for.
-_EXPORTS = {"load": "fastcm.api", "train": "fastcm.runs", "InputError": "fastcm.errors", "RunError": "fastcm.errors"}
+_EXPORTS = {
+    "load": "fastcm.api",
+    "picture": "fastcm.api",
+    "train": "fastcm.runs",
+    "InputError": "fastcm.errors",
+    "RunError": "fastcm.errors",
+}
 
 
 def __getattr__(name: str):

@@ -1,8 +1,9 @@
-"""The calls that users make from Python: load a model of any kind as a generator."""
+"""The calls that users make from Python: load a model of any kind as a generator, and bring a picture to its size."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from fastcm.consistency.denoiser import Denoiser
@@ -102,6 +103,33 @@ def _onnx_provider(provider: str, device: str) -> str:
     if provider == "auto" and str(device).partition(":")[0] in ("cpu", "cuda"):
         return str(device).partition(":")[0]
     return provider
+
+
+def picture(source, *, resolution: int, channels: int = 3, name: str = "source") -> np.ndarray:
+    """A picture of any size as uint8 [resolution, resolution, channels], by the rule for training pictures.
+
+    That is (training/image_decoding.py): halved with a box filter while its short side is at least twice the resolution, then its short
+    side resized to the resolution (bicubic), and the centre square cut out; transparency is laid over white; channels is 1 (grey) or 3.
+
+    source: a file, a PIL image or an array uint8 [H, W] or [H, W, C]. name: what an error calls it. Raises InputError.
+    """
+    from PIL import Image, ImageOps
+
+    from fastcm.training.image_decoding import BadImageError, decode, eight_bits, to_pixels
+
+    grey = channels == 1
+    try:
+        if isinstance(source, (str, Path)):
+            if not Path(source).is_file():
+                raise InputError(f"no such file in {name}: {source}. Give a picture.")
+            return decode(Path(source), resolution=resolution, grey=grey).transpose(1, 2, 0)
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim not in (2, 3):
+                raise InputError(f"wrong form of array in {name}: {source.dtype} {source.shape}. Give uint8 [H, W] or [H, W, C].")
+            source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
+        return to_pixels(eight_bits(ImageOps.exif_transpose(source), grey=grey), resolution=resolution).transpose(1, 2, 0)
+    except BadImageError as error:
+        raise InputError(f"unreadable picture in {name}: {source}: {error}. Save it again.") from None
 
 
 def is_run_folder(path: Path) -> bool:

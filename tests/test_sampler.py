@@ -9,6 +9,7 @@ from analytic import gaussian_consistency, gaussian_teacher, ode_gain
 from fastcm.errors import InputError
 from fastcm.generation.frozen import freeze
 from fastcm.generation.sampler import (
+    Churn,
     GivenNoise,
     SeedNoise,
     ancestral,
@@ -118,7 +119,7 @@ def test_churn_follows_algorithm_2():
     """Euler in heun's place would not do: the replay below is Heun's two slopes, in float64, from the closed-form denoiser."""
     denoiser, noise, churn, churn_range = gaussian_teacher("edm", data_std=0.3), given(31, batch=64), 20.0, (0.05, 50.0)
     grid = teacher_grid(30, **GRID)
-    image = heun(denoiser, noise, grid, clip=False, churn=churn, churn_range=churn_range, churn_noise=1.01)
+    image = heun(denoiser, noise, grid, clip=False, churn=Churn(churn, *churn_range, 1.01))
     x, churned_steps = grid[0] * noise.fields[0].double(), []
 
     def slope(x, sigma):
@@ -140,7 +141,7 @@ def test_churn_follows_algorithm_2():
 
 def test_churn_moves_dpm_samples():
     grid, denoiser = teacher_grid(30, **GRID), gaussian_teacher("edm", data_std=0.3)
-    churned, calm = (dpm(denoiser, given(31, batch=64), grid, clip=False, churn=churn) for churn in (20.0, 0.0))
+    churned, calm = (dpm(denoiser, given(31, batch=64), grid, clip=False, churn=Churn(amount)) for amount in (20.0, 0.0))
     assert (churned - calm).abs().mean() > 0.05
     assert churned.std().item() == pytest.approx(0.3, rel=0.15)
 

@@ -1,9 +1,10 @@
 """`fastcm edit`: zero-shot editing of a picture with a consistency model."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from fastcm.cli.sample import seed_list, sigma_list
+from fastcm.cli.sample import number_list, seed_list
 from fastcm.errors import InputError
 
 TASKS = {
@@ -11,26 +12,41 @@ TASKS = {
     "colorize": "colours for the luminance of a picture",
     "superres": "details for a picture of 1/P the size",
     "stroke": "a picture from a rough painting",
-    "interpolate": "the way from one seed's picture to another's",
+    "interpolate": "the way from one seed's picture to another's: a strip and a GIF",
     "denoise": "one call on a picture with noise of --sigma",
 }
+PICTURED = tuple(task for task in TASKS if task != "interpolate")
+# The options that not every task takes.
+TAKEN_BY = {
+    "image": PICTURED,
+    "mask": ("inpaint",),
+    "box": ("inpaint",),
+    "factor": ("superres",),
+    "sigma": ("denoise", "stroke"),
+    "sigmas": ("inpaint", "colorize", "superres", "stroke"),
+    "frames": ("interpolate",),
+    "seeds": tuple(task for task in TASKS if task != "denoise"),
+}
+NEEDED = {**dict.fromkeys(PICTURED, ("image",)), "denoise": ("image", "sigma"), "interpolate": ()}
+FACTOR = 4
 
 
 def add(subparsers) -> None:
     lines = "\n".join(f"  {name:12}{text}" for name, text in TASKS.items())
     parser = subparsers.add_parser("edit", help="edit a picture with a model", description=f"{__doc__}\n\n{lines}")
     parser.add_argument("task", metavar="TASK", choices=tuple(TASKS), help=", ".join(TASKS))
-    parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an OpenAI .pt or an EDM .pkl")
+    parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an OpenAI .pt, an EDM .pkl, an .onnx of the task")
     parser.add_argument("--image", metavar="FILE", type=Path, help="the picture, scaled to the model's size and cut to the centre square")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--mask", metavar="FILE", type=Path, help="inpaint: white (128 or more) is generated; the picture's or model's size")
     where.add_argument("--box", metavar="X0,Y0,X1,Y1", type=box, help="inpaint: the rectangle to generate, in the model's pixels")
-    parser.add_argument("--factor", metavar="P", type=int, default=4, help="superres: the enlargement (default: 4)")
+    parser.add_argument("--factor", metavar="P", type=int, help=f"superres: the enlargement (default: {FACTOR})")
     parser.add_argument("--sigma", metavar="S", type=float, help="denoise: the noise, in [-1, 1] units; stroke: the first level (5.38)")
-    parser.add_argument("--sigmas", metavar="LIST", type=sigma_list, help="the noise levels to visit (default: the paper's grid)")
-    parser.add_argument("--frames", metavar="N", type=int, default=16, help="interpolate: pictures on the way (default: 16)")
+    parser.add_argument("--sigmas", metavar="LIST", type=number_list("--sigmas"), help="the levels to visit (default: the paper's grid)")
+    parser.add_argument("--frames", metavar="N", type=int, help="interpolate: pictures on the way (default: 16)")
     parser.add_argument("--labels", metavar="LIST", help="classes by number or name; omitted: seed mod classes")
     parser.add_argument("--seeds", metavar="LIST", type=seed_list, help="one picture each (default: 0; interpolate: 0,1)")
+    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     parser.add_argument("--out", metavar="FILE.png", type=Path, help="the picture (default: TASK.png; for several seeds FILE-SEED.png)")
@@ -54,80 +70,88 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix.lower() != ".png":
         raise InputError(f"unknown kind of file in --out: {out}. Give a name that ends in .png.")
     check(args)
-    generator = api.load(args.model, device=args.device, precision=args.precision)
-    if not hasattr(generator, "inpaint"):
-        raise InputError(f"an exported graph in MODEL: {args.model}. Edit with the folder that it was exported from.")
+    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider)
+    if not hasattr(generator, args.task):
+        other = f"Export it with --task {args.task}, or edit" if args.task in ("inpaint", "superres") else "Edit"
+        raise InputError(f"no {args.task} in an exported graph in MODEL: {args.model}. {other} with the folder that it was exported from.")
     labels = None if args.labels is None else args.labels.split(",")
     if args.task == "interpolate":
         return interpolate(args, generator, labels, out)
     shown, images = edited(args, generator, labels)
-    seeds = [None] if args.task == "denoise" else args.seeds or [0]
-    return write(args, out, shown, images, seeds)
+    return write(args, generator, labels, out, shown, images)
 
 
 def check(args: argparse.Namespace) -> None:
     """What a task needs, and what it does not take."""
-    needs = {"inpaint": ["image"], "interpolate": [], "denoise": ["image", "sigma"]}.get(args.task, ["image"])
-    for name in needs:
+    for name in NEEDED[args.task]:
         if getattr(args, name) is None:
             raise InputError(f"missing option for {args.task}: --{name}. See fastcm edit --help.")
     if args.task == "inpaint" and args.mask is None and args.box is None:
         raise InputError("missing option for inpaint: --mask or --box. See fastcm edit --help.")
-    takes = {"mask": ["inpaint"], "box": ["inpaint"], "sigma": ["denoise", "stroke"]}
-    takes["image"] = [task for task in TASKS if task != "interpolate"]
-    takes["sigmas"] = [task for task in takes["image"] if task != "denoise"]
-    for name, tasks in takes.items():
+    for name, tasks in TAKEN_BY.items():
         if getattr(args, name) is not None and args.task not in tasks:
             raise InputError(f"an option that {args.task} does not take: --{name}. It is for {', '.join(tasks)}.")
+    if args.sigma is not None and args.sigmas is not None:
+        raise InputError("two options that exclude each other: --sigma and --sigmas. Give one of them.")
 
 
 def edited(args: argparse.Namespace, generator, labels):
-    """Returns (what the model was shown uint8 [H, W, C], images uint8 [N, H, W, C])."""
+    """Returns ({caption: what the model was shown, uint8 [H, W, C]}, images uint8 [N, H, W, C])."""
     import numpy as np
+    from tqdm import tqdm
 
-    seeds = args.seeds or [0]
-    options = {} if args.sigmas is None else {"sigmas": args.sigmas}
+    from fastcm.generation.editing import EDIT_GRID_STEPS, STROKE_SIGMAS
+    from fastcm.generation.editing_tasks import EditingTasks
+
     picture = load_picture(args, generator)
-    if args.task == "inpaint":
-        mask = load_mask(args, generator)
-        images = generator.inpaint(picture, mask, seeds, labels, **options)
-        return np.where(mask[..., None] >= 128, np.uint8(128), picture), images
-    if args.task == "colorize":
-        return picture, generator.colorize(picture, seeds, labels, **options)
-    if args.task == "superres":
-        images = generator.superres(picture, args.factor, seeds, labels, **options)
-        return shrunk(picture, args.factor, generator.resolution), images
-    if args.task == "stroke":
-        if args.sigma is not None:
-            second = [sigma for sigma in (2.24,) if sigma < args.sigma]
-            options = {"sigmas": [args.sigma, *second]}
-        return picture, generator.stroke(picture, seeds, labels, **options)
-    return picture, generator.denoise(picture, args.sigma, labels)
+    if args.task == "denoise":
+        return {"picture": picture}, generator.denoise(picture, args.sigma, labels)
+    seeds, sigmas = args.seeds or [0], args.sigmas
+    if args.task == "stroke" and sigmas is None:
+        sigmas = STROKE_SIGMAS if args.sigma is None else [args.sigma, *(sigma for sigma in STROKE_SIGMAS[1:] if sigma < args.sigma)]
+    options = {} if sigmas is None else {"sigmas": sigmas}
+    calls = len(seeds) * (EDIT_GRID_STEPS - 1 if sigmas is None else len(sigmas))
+    with tqdm(total=calls, unit="call", disable=not sys.stderr.isatty(), leave=False) as bar:
+        if isinstance(generator, EditingTasks):
+            options["progress"] = bar.update
+        if args.task == "inpaint":
+            mask = load_mask(args, generator)
+            known = np.where(mask[..., None] >= 128, np.uint8(128), picture)
+            return {"picture": picture, "known": known}, generator.inpaint(picture, mask, seeds, labels, **options)
+        if args.task == "colorize":
+            colours = {} if read_header(args.image, "--image").is_grey else {"picture": load_picture(args, generator, grey=False)}
+            return {**colours, "grey": picture}, generator.colorize(picture, seeds, labels, **options)
+        if args.task == "superres":
+            factor = FACTOR if args.factor is None else args.factor
+            images = generator.superres(picture, factor, seeds, labels, **options)
+            means = shrunk(picture, factor, generator.resolution)
+            return {"picture": picture, "means": means} if picture.shape == means.shape else {"picture": means}, images
+        return {"painting": picture}, generator.stroke(picture, seeds, labels, **options)
 
 
-def load_picture(args: argparse.Namespace, generator):
-    """The picture by the project's rule for files, uint8 [H, W, C] at the model's resolution (superres: or 1/P of it)."""
-    from fastcm.training.image_decoding import BadImageError, decode, read_header
+def load_picture(args: argparse.Namespace, generator, *, grey: bool | None = None):
+    """The picture by the project's rule for files, uint8 [H, W, C] at the model's resolution (superres: or 1/P of it).
 
-    if not args.image.is_file():
-        raise InputError(f"no such file in --image: {args.image}. Give a picture.")
-    resolution = generator.resolution
-    try:
-        header = read_header(args.image)
-        if header.is_grey and generator.channels == 3 and args.task != "colorize":
-            raise InputError(f"greyscale for a colour model in --image: {args.image}. Colour it first: fastcm edit colorize.")
-        if args.task == "superres" and args.factor > 0 and header.width == header.height == resolution // args.factor:
-            resolution //= args.factor
-        return decode(args.image, resolution=resolution, grey=generator.channels == 1 or args.task == "colorize").transpose(1, 2, 0)
-    except BadImageError as error:
-        raise InputError(f"unreadable picture in --image: {args.image}: {error}. Save it again.") from None
+    grey: False for its colours where the task takes it without.
+    """
+    from fastcm import api
+
+    resolution, factor = generator.resolution, args.factor or FACTOR
+    header = read_header(args.image, "--image")
+    if header.is_grey and generator.channels == 3 and args.task != "colorize":
+        raise InputError(f"greyscale for a colour model in --image: {args.image}. Colour it first: fastcm edit colorize.")
+    if args.task == "superres" and factor > 0 and header.width == header.height == resolution // factor:
+        resolution //= factor
+    if grey is None:
+        grey = generator.channels == 1 or args.task == "colorize"
+    return api.picture(args.image, resolution=resolution, channels=1 if grey else 3, name="--image")
 
 
 def load_mask(args: argparse.Namespace, generator):
     """uint8 [H, W] at the model's resolution, 255 where pixels are generated."""
     import numpy as np
 
-    from fastcm.training.image_decoding import BadImageError, decode, read_header
+    from fastcm import api
 
     resolution = generator.resolution
     if args.box is not None:
@@ -137,16 +161,23 @@ def load_mask(args: argparse.Namespace, generator):
         mask = np.zeros((resolution, resolution), np.uint8)
         mask[top:bottom, left:right] = 255
         return mask
-    if not args.mask.is_file():
-        raise InputError(f"no such file in --mask: {args.mask}. Give a black and white picture.")
+    (width, height), own = (read_header(path, name)[:2] for path, name in ((args.image, "--image"), (args.mask, "--mask")))
+    if own not in ((width, height), (resolution, resolution)):
+        want = f"{width}x{height} as --image, or {resolution}x{resolution}"
+        raise InputError(f"another size in --mask: {args.mask} has {own[0]}x{own[1]}. Make it {want}.")
+    return api.picture(args.mask, resolution=resolution, channels=1, name="--mask")[..., 0]
+
+
+def read_header(path: Path, option: str):
+    """Width, height and greyness of a picture file."""
+    from fastcm.training import image_decoding
+
+    if not path.is_file():
+        raise InputError(f"no such file in {option}: {path}. Give a picture.")
     try:
-        sizes = [(header.width, header.height) for header in map(read_header, (args.mask, args.image))]
-        if sizes[0] not in (sizes[1], (resolution, resolution)):
-            want = f"{sizes[1][0]}x{sizes[1][1]} as --image, or {resolution}x{resolution}"
-            raise InputError(f"another size in --mask: {args.mask} has {sizes[0][0]}x{sizes[0][1]}. Make it {want}.")
-        return decode(args.mask, resolution=resolution, grey=True)[0]
-    except BadImageError as error:
-        raise InputError(f"unreadable picture in --mask: {args.mask}: {error}. Save it again.") from None
+        return image_decoding.read_header(path)
+    except image_decoding.BadImageError as error:
+        raise InputError(f"unreadable picture in {option}: {path}: {error}. Save it again.") from None
 
 
 def shrunk(picture, factor: int, resolution: int):
@@ -160,39 +191,59 @@ def shrunk(picture, factor: int, resolution: int):
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def write(args: argparse.Namespace, out: Path, shown, images, seeds: list) -> int:
+def facts(args: argparse.Namespace, seeds: list[int] | None, labels) -> dict[str, str]:
+    """What the files record of how they were made."""
+    text = {"fastcm:model": Path(args.model).name, "fastcm:task": args.task}
+    levels = args.sigmas or ([] if args.sigma is None else [args.sigma])
+    for name, values in (("sigmas", [f"{level:g}" for level in levels]), ("seeds", seeds), ("labels", labels)):
+        if values is not None and len(values):
+            text[f"fastcm:{name}"] = ",".join(map(str, values))
+    return text
+
+
+def write(args: argparse.Namespace, generator, labels, out: Path, shown: dict, images) -> int:
     """One PNG per seed at the model's resolution, and the comparison beside it."""
     import numpy as np
 
     from fastcm.generation import pictures
+    from fastcm.generation.request import label_array
 
-    facts = {"fastcm:model": Path(args.model).name, "fastcm:task": args.task}
-    for seed, image in zip(seeds, images, strict=True):
-        name = out if len(images) == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}")
-        text = facts if seed is None else {**facts, "fastcm:seeds": str(seed)}
+    seeds = args.seeds or [0]
+    classes = label_array(labels, np.array(seeds), generator.classes)
+    told = None if args.task == "denoise" else seeds  # denoise draws nothing
+    for index, image in enumerate(images):
+        name = out if len(images) == 1 else out.with_name(f"{out.stem}-{seeds[index]}{out.suffix}")
+        text = facts(args, told and told[index : index + 1], None if classes is None else classes[index : index + 1])
         pictures.save_png(name, pictures.to_pil(image), text=text)
         print(name)
-    if shown.shape[-1] != images.shape[-1]:
-        shown = shown.repeat(images.shape[-1], axis=-1)
-    captions = ["input", *("result" if seed is None else f"seed {seed}" for seed in seeds)]
+    tiles = [tile.repeat(images.shape[-1] // tile.shape[-1], axis=-1)[None] for tile in shown.values()]
+    captions = [*shown, *(["result"] if told is None else [f"seed {seed}" for seed in seeds])]
     compare = out.with_name(f"{out.stem}-compare.png")
-    sheet = pictures.grid(np.concatenate([shown[None], images]), columns=min(8, len(images) + 1), captions=captions)
-    pictures.save_png(compare, sheet, text=facts)
+    sheet = pictures.grid(np.concatenate([*tiles, images]), columns=min(8, len(captions)), captions=captions)
+    pictures.save_png(compare, sheet, text=facts(args, told, classes))
     print(compare)
     return 0
 
 
 def interpolate(args: argparse.Namespace, generator, labels, out: Path) -> int:
-    """A strip at the model's resolution and a GIF that goes there and back, tiny pictures enlarged."""
+    """A strip at the model's resolution, one that is easy to see, and a GIF that goes there and back."""
     import numpy as np
 
     from fastcm.generation import pictures
+    from fastcm.generation.editing_tasks import FRAMES
+    from fastcm.generation.request import label_array
 
     seeds = args.seeds or [0, 1]
-    images = generator.interpolate(seeds, labels, frames=args.frames)
-    text = {"fastcm:model": Path(args.model).name, "fastcm:task": "interpolate", "fastcm:seeds": ",".join(map(str, seeds))}
+    count = FRAMES if args.frames is None else args.frames
+    images = generator.interpolate(seeds, labels, frames=count)
+    text = facts(args, seeds, label_array(None, np.array(seeds[:1]), generator.classes) if labels is None else labels)
     pictures.save_png(out, pictures.to_pil(np.concatenate(list(images), axis=1)), text=text)
+    # A frame that is a seed's own picture says so; the frames are evenly spaced.
+    places = [index * (len(seeds) - 1) / (count - 1) for index in range(count)]
+    captions = [f"seed {seeds[int(place)]}" if place.is_integer() else "" for place in places]
+    compare = out.with_name(f"{out.stem}-compare.png")
+    pictures.save_png(compare, pictures.grid(images, columns=min(8, count), captions=captions), text=text)
     frames = [pictures.enlarged(pictures.to_pil(image), readable=128) for image in images]
-    pictures.save_gif(out.with_suffix(".gif"), [*frames, *frames[-2:0:-1]])
-    print(out, out.with_suffix(".gif"), sep="\n")
+    pictures.save_gif(out.with_suffix(".gif"), [*frames, *frames[-2:0:-1]], text=text)
+    print(out, compare, out.with_suffix(".gif"), sep="\n")
     return 0

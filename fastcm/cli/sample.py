@@ -7,22 +7,32 @@ from pathlib import Path
 
 from fastcm.errors import InputError
 
-DEFAULT_SEEDS = "0-63"
+DEFAULT_SEEDS, REPORT_SEEDS = "0-63", "0-7"
 MOST_IN_A_GRID = 4096
+# A report has a column per class up to so many, and a caption under each picture beyond.
+MOST_COLUMNS = 16
+GRID = 40
 
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("sample", help="draw pictures from a model", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an .onnx, an OpenAI .pt or an EDM .pkl")
-    parser.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, metavar="LIST", help="as 0-63, or 1,5,9-12 (default: 0-63)")
+    seeds = f"as 0-63, or 1,5,9-12 (default: {DEFAULT_SEEDS}; in a report by class {REPORT_SEEDS})"
+    parser.add_argument("--seeds", type=seed_list, metavar="LIST", help=seeds)
     parser.add_argument("--labels", metavar="LIST", help="classes, cycled over the seeds; all crosses them; omitted: seed mod classes")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--steps", type=int, metavar="K", help="network calls per picture (default: 1)")
-    group.add_argument("--sigmas", type=sigma_list, metavar="LIST", help="the noise levels to visit, from high to low, as 80,0.8")
+    levels = "the noise levels to visit, from high to low, as 80,0.8"
+    group.add_argument("--sigmas", type=number_list("--sigmas"), metavar="LIST", help=levels)
+    group.add_argument("--timesteps", type=timestep_list, metavar="LIST", help="the levels as published timesteps of --grid, as 0,22,39")
+    parser.add_argument("--grid", type=int, metavar="N", help=f"the number of levels that --timesteps count (default: {GRID})")
     parser.add_argument("--sampler", help="consistency; for diffusion teachers heun (their default), euler, dpm, ancestral")
+    churn = "heun and dpm: S_churn, or S_churn,S_tmin,S_tmax,S_noise (default: 0)"
+    parser.add_argument("--churn", type=number_list("--churn"), metavar="LIST", help=churn)
     parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
+    parser.add_argument("--report", action="store_true", help="a labelled PNG: seeds by classes, or a caption under each picture")
     parser.add_argument("--out", metavar="FILE", help="x.png: a grid; x.npz: arr_0, arr_1; DIR/: a PNG per seed (NAME-samples.png)")
     parser.add_argument("--trust", action="store_true", help="load files that hold programs")
 
@@ -45,12 +55,27 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
-def sigma_list(text: str) -> list[float]:
-    """`80,0.8` as numbers."""
+def number_list(option: str):
+    """A parser of `80,0.8` as numbers."""
+
+    def parse(text: str) -> list[float]:
+        try:
+            return [float(part) for part in text.split(",")]
+        except ValueError:
+            raise InputError(f"not a list of numbers in {option}: {text}. Write it as 80,0.8.") from None
+
+    return parse
+
+
+sigma_list = number_list("--sigmas")
+
+
+def timestep_list(text: str) -> list[int]:
+    """`0,22,39` as whole numbers."""
     try:
-        return [float(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"not a list of numbers in --sigmas: {text}. Write it as 80,0.8.") from None
+        raise InputError(f"not a list of whole numbers in --timesteps: {text}. Write it as 0,22,39, with --grid 40.") from None
 
 
 def crossed(seeds: list[int], labels: str | None, classes: list[str] | None) -> tuple[list[int], list[str] | None]:
@@ -62,11 +87,13 @@ def crossed(seeds: list[int], labels: str | None, classes: list[str] | None) -> 
     return seeds, labels.split(",")
 
 
-def output_path(out: str | None, model: Path) -> tuple[str, Path]:
+def output_path(out: str | None, model: Path, *, report: bool) -> tuple[str, Path]:
     """Returns (kind, path): kind is "png", "npz" or "folder"."""
     if out is None:
-        return "png", Path(f"{model.resolve().stem}-samples.png")
+        return "png", Path(f"{model.resolve().stem}-{'report' if report else 'samples'}.png")
     path = Path(out)
+    if report and path.suffix.lower() != ".png":
+        raise InputError(f"unknown kind of file in --out: {out}. A report is a picture: give a name that ends in .png.")
     if out.endswith("/") or path.is_dir() or not path.suffix:
         return "folder", path
     if path.suffix.lower() in (".png", ".npz"):
@@ -77,73 +104,122 @@ def output_path(out: str | None, model: Path) -> tuple[str, Path]:
 def run(args: argparse.Namespace) -> int:
     from fastcm import api
 
-    kind, out = output_path(args.out, Path(args.model))
+    kind, out = output_path(args.out, Path(args.model), report=args.report)
+    if args.grid is not None and args.timesteps is None:
+        raise InputError(f"missing option beside --grid: --timesteps. Give both, as --timesteps 0,22,39 --grid {args.grid}.")
+    if args.churn is not None and api.resolve_model(args.model)[0] == "onnx":
+        raise InputError(f"a solver's option for an exported graph in --churn: {args.model}. Use the folder that it was exported from.")
     generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
-    seeds, labels = crossed(args.seeds, args.labels, generator.classes)
-    if kind == "png" and len(seeds) > MOST_IN_A_GRID:
-        raise InputError(f"too many pictures for one PNG in --out: {len(seeds)}. Write x.npz or a folder.")
-    batches = generator.batches(seeds, labels, steps=args.steps, sigmas=args.sigmas, sampler=args.sampler)
+    by_class = args.report and args.labels in (None, "all") and 0 < len(generator.classes or ()) <= MOST_COLUMNS
+    seeds = args.seeds or seed_list(REPORT_SEEDS if by_class else DEFAULT_SEEDS)
+    drawn, labels = crossed(seeds, "all" if by_class else args.labels, generator.classes)
+    if kind == "png" and len(drawn) > MOST_IN_A_GRID:
+        raise InputError(f"too many pictures for one PNG in --out: {len(drawn)}. Write x.npz or a folder.")
+    options = how(args, generator)
+    facts = describe(args, generator, options)
+    batches = generator.batches(drawn, labels, **options)
     start = time.perf_counter()
-    columns = len(generator.classes) if args.labels == "all" and generator.classes else None
-    count = _write(kind, out, batches, len(seeds), columns=columns, facts=_facts(args, generator))
+    if kind == "png":
+        columns = len(generator.classes) if labels and len(drawn) > len(seeds) else None
+        names = {}
+        if args.report:
+            names["title"] = f"{facts['fastcm:model']}: {facts['fastcm:sampler']}, {generator.provider}, {generator.precision}"
+        if by_class:
+            names |= {"column_names": generator.classes, "row_names": [f"seed {seed}" for seed in seeds]}
+        write_grid(out, batches, len(drawn), generator, columns=columns, names=names, captioned=args.report and not by_class, facts=facts)
+    elif kind == "npz":
+        write_npz(out, batches, drawn, labels, generator)
+    else:
+        write_folder(out, batches, len(drawn), facts)
     took = time.perf_counter() - start
-    print(f"{count} pictures in {out} ({generator.provider}, {generator.precision}, {count / took:.1f} images/s)")
+    print(f"{len(drawn)} pictures in {out} ({generator.provider}, {generator.precision}, {len(drawn) / took:.1f} images/s)")
     return 0
 
 
-def _facts(args: argparse.Namespace, generator) -> dict[str, str]:
+def how(args: argparse.Namespace, generator) -> dict:
+    """The generator's own options, as given."""
+    from fastcm.generation.request import timestep_sigmas
+
+    sigmas = args.sigmas
+    if args.timesteps is not None:
+        sigmas = timestep_sigmas(args.timesteps, GRID if args.grid is None else args.grid, generator.preconditioning)
+    return {"steps": args.steps, "sigmas": sigmas, "sampler": args.sampler, **({} if args.churn is None else {"churn": args.churn})}
+
+
+def describe(args: argparse.Namespace, generator, options: dict) -> dict[str, str]:
     """What the files record of how they were made, besides seeds and labels."""
     from fastcm.generation.request import chosen_sampler
     from fastcm.generation.sampler import TEACHER_STEPS
 
     sampler = chosen_sampler(args.sampler, generator.info)
     if sampler == "consistency":
-        how = "sigmas " + ",".join(f"{sigma:g}" for sigma in generator.sigmas(args.steps, args.sigmas))
+        text = "sigmas " + ",".join(f"{sigma:.6g}" for sigma in generator.sigmas(args.steps, options["sigmas"]))
     else:
-        how = f"{sampler}, {args.steps or TEACHER_STEPS} steps"
-    return {"fastcm:model": Path(args.model).name, "fastcm:sampler": how, "fastcm:precision": generator.precision}
+        text = f"{sampler}, {args.steps or TEACHER_STEPS} steps"
+        if args.churn is not None:
+            text += ", churn " + ",".join(f"{number:g}" for number in args.churn)
+    return {"fastcm:model": Path(args.model).name, "fastcm:sampler": text, "fastcm:precision": generator.precision}
 
 
-def _write(kind: str, out: Path, batches, total: int, *, columns: int | None, facts: dict[str, str]) -> int:
-    """Draws the batches and writes them; a folder's PNGs are written by other threads while the next batch is drawn."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
+def shown(batches, total: int):
+    """The batches, with a progress bar where somebody watches."""
     from tqdm import tqdm
+
+    with tqdm(total=total, unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch[0]))
+
+
+def write_grid(out: Path, batches, total: int, generator, *, columns: int | None, names: dict, captioned: bool, facts: dict) -> None:
+    """All pictures in one PNG; captioned: seed and class under each."""
+    import numpy as np
 
     from fastcm.generation import pictures
 
-    drawn, written = [], []
-    with tqdm(total=total, unit="img", disable=not sys.stderr.isatty(), leave=False) as bar, ThreadPoolExecutor(2) as writers:
-        for seeds, labels, images in batches:
-            if kind == "folder":
-                names = [None] * len(seeds) if labels is None else labels.tolist()
-                for seed, label, image in zip(seeds.tolist(), names, images, strict=True):
-                    written.append(writers.submit(_write_one, out, image, seed, label, facts))
-            else:
-                drawn.append((seeds, labels, images))
-            bar.update(len(seeds))
-        for future in written:
-            future.result()
-    if kind == "folder":
-        return len(written)
-    seeds, images = (np.concatenate([part[i] for part in drawn]) for i in (0, 2))
-    labels = None if drawn[0][1] is None else np.concatenate([part[1] for part in drawn])
-    if kind == "npz":
-        pictures.save_npz(out, images, labels=labels, seeds=seeds)
-    else:
-        text = {**facts, "fastcm:seeds": _joined(seeds), **({} if labels is None else {"fastcm:labels": _joined(labels)})}
-        pictures.save_png(out, pictures.grid(images, columns=columns), text=text)
-    return len(images)
+    parts = list(shown(batches, total))
+    seeds, images = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
+    labels = None if parts[0][1] is None else np.concatenate([part[1] for part in parts])
+    if captioned:
+        classes = [""] * total if labels is None else [f" {generator.classes[label]}" for label in labels]
+        names = {**names, "captions": [f"{seed}{name}" for seed, name in zip(seeds, classes, strict=True)]}
+    text = {**facts, "fastcm:seeds": _joined(seeds), **({} if labels is None else {"fastcm:labels": _joined(labels)})}
+    pictures.save_png(out, pictures.grid(images, columns=columns, **names), text=text)
+
+
+def write_npz(out: Path, batches, seeds: list[int], labels, generator) -> None:
+    """One .npz, written by another thread while the next batch is drawn."""
+    from fastcm.generation import pictures
+    from fastcm.generation.background import Background
+    from fastcm.generation.request import label_array, seed_array
+
+    seeds = seed_array(seeds)
+    shape = (len(seeds), generator.resolution, generator.resolution, generator.channels)
+    classes = label_array(labels, seeds, generator.classes)
+    with pictures.npz_file(out, shape, labels=classes, seeds=seeds) as write, Background() as background:
+        for _, _, images in shown(batches, len(seeds)):
+            background.run(write, images)
+
+
+def write_folder(out: Path, batches, total: int, facts: dict[str, str]) -> None:
+    """A PNG per seed, written by other threads while the next batch is drawn."""
+    from fastcm.generation.background import Background
+
+    with Background(2) as background:
+        for batch in shown(batches, total):
+            background.run(_write_pngs, out, batch, facts)
+
+
+def _write_pngs(folder: Path, batch, facts: dict[str, str]) -> None:
+    from fastcm.generation import pictures
+
+    seeds, labels, images = batch
+    names = [None] * len(seeds) if labels is None else labels.tolist()
+    for seed, label, image in zip(seeds.tolist(), names, images, strict=True):
+        name = f"seed-{seed}.png" if label is None else f"seed-{seed}-class-{label}.png"
+        text = {**facts, "fastcm:seeds": str(seed), **({} if label is None else {"fastcm:labels": str(label)})}
+        pictures.save_png(folder / name, pictures.to_pil(image), text=text)
 
 
 def _joined(numbers) -> str:
     return ",".join(str(number) for number in numbers.tolist())
-
-
-def _write_one(folder: Path, image, seed: int, label: int | None, facts: dict[str, str]) -> None:
-    from fastcm.generation import pictures
-
-    name = f"seed-{seed}.png" if label is None else f"seed-{seed}-class-{label}.png"
-    text = {**facts, "fastcm:seeds": str(seed), **({} if label is None else {"fastcm:labels": str(label)})}
-    pictures.save_png(folder / name, pictures.to_pil(image), text=text)

@@ -15,29 +15,37 @@ from fastcm.generation.sampler import GivenNoise, SeedNoise
 # Frames of an interpolation where none are asked for.
 FRAMES = 16
 
+# Called after every network call of an edit with the number of images in it.
+Progress = Callable[[int], object]
+
 
 class EditingTasks:
     """inpaint, colorize, superres, stroke, interpolate, denoise, for a class that draws batches as `Generator` does.
 
-    Images are uint8 [H, W, C] or [H, W], or float in [-1, 1] of those shapes, at the model's resolution. labels and output are those of
-    a generator's call; sigmas, the noise levels to visit, are by default the 39 of the paper's grid. Every task raises InputError for an
-    image that does not fit the model.
+    Images are uint8 [H, W, C] or [H, W], or float in [-1, 1] of those shapes, at the model's resolution (`fastcm.picture` brings others to
+    it). labels and output are those of a generator's call, but float images may pass the ends of [-1, 1], so that what is known is kept.
+    sigmas, the noise levels to visit, are by default the 39 of the paper's grid; progress, where given, is called after every network call
+    with the number of images in it. Every task raises InputError for an image that does not fit the model.
+
+    The class has channels, resolution, classes, device, preconditioning, level(sigma), _worker (the network) and _batches.
     """
 
-    def inpaint(self, image, mask, seeds=(0,), labels=None, *, sigmas=None, output: str = "uint8"):
+    def inpaint(self, image, mask, seeds=(0,), labels=None, *, sigmas=None, output: str = "uint8", progress: Progress | None = None):
         """Generates the pixels where `mask` [H, W] is not 0 (uint8: 128 or more); the others come back untouched, exactly."""
         picture, chosen = self._picture(image), self._mask(mask)
         project = editing.outside(chosen)
-        return self._edited(project(picture), project, seeds, labels, sigmas=sigmas, output=output)
+        return self._edited(project(picture), project, seeds, labels, sigmas=sigmas, output=output, progress=progress)
 
-    def colorize(self, image, seeds=(0,), labels=None, *, sigmas=None, output: str = "uint8"):
+    def colorize(self, image, seeds=(0,), labels=None, *, sigmas=None, output: str = "uint8", progress: Progress | None = None):
         """Colours for the luminance of `image`, which may be grey or in colour."""
         if self.channels != 3:
             raise InputError(f"a model without colours for colorize: {self.channels} channels. Use a model of RGB images.")
         picture = self._picture(image, grey=True)
-        return self._edited(editing.luminance(picture), editing.luminance, seeds, labels, sigmas=sigmas, output=output)
+        return self._edited(editing.luminance(picture), editing.luminance, seeds, labels, sigmas=sigmas, output=output, progress=progress)
 
-    def superres(self, image, factor: int, seeds=(0,), labels=None, *, sigmas=None, output: str = "uint8"):
+    def superres(
+        self, image, factor: int, seeds=(0,), labels=None, *, sigmas=None, output: str = "uint8", progress: Progress | None = None
+    ):
         """Details for an image of resolution / factor pixels, or for the patch means of one of full size."""
         if not isinstance(factor, int) or factor < 2 or self.resolution % factor:
             raise InputError(f"illegal value in factor: {factor}. Give an integer from 2 on that divides {self.resolution}.")
@@ -45,12 +53,15 @@ class EditingTasks:
         small = self.resolution // factor
         if np.shape(image)[:2] == (small, small):
             image = np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1)
-        return self._edited(project(self._picture(image)), project, seeds, labels, sigmas=sigmas, output=output)
+        return self._edited(project(self._picture(image)), project, seeds, labels, sigmas=sigmas, output=output, progress=progress)
 
-    def stroke(self, image, seeds=(0,), labels=None, *, sigmas=editing.STROKE_SIGMAS, output: str = "uint8"):
+    def stroke(
+        self, image, seeds=(0,), labels=None, *, sigmas=editing.STROKE_SIGMAS, output: str = "uint8", progress: Progress | None = None
+    ):
         """A realistic image from a rough painting; sigmas[0] says how much of it is kept: the smaller, the more."""
         picture = self._picture(image)
-        return self._edited(torch.zeros_like(picture), editing.nothing, seeds, labels, sigmas=sigmas, output=output, start=picture)
+        how = {"sigmas": sigmas, "output": output, "progress": progress}
+        return self._edited(torch.zeros_like(picture), editing.nothing, seeds, labels, start=picture, **how)
 
     def denoise(self, image, sigma: float, labels=None, *, output: str = "uint8"):
         """D(image, sigma) [1, H, W, C] of an image whose pixels, in [-1, 1], have noise of deviation sigma."""
@@ -69,7 +80,7 @@ class EditingTasks:
             raise InputError(f"illegal value in frames: {frames}. Give an integer of 2 or more.")
         if labels is None and self.classes:
             labels = int(ends[0] % len(self.classes))
-        sigma_max = self.sigma_range[1]
+        sigma_max = self.preconditioning.sigma_max
         shape = (self.channels, self.resolution, self.resolution)
         fields = editing.path(SeedNoise(torch.from_numpy(ends).to(self.device), shape).normal(0), frames)
         level = self.level(sigma_max)
@@ -79,21 +90,29 @@ class EditingTasks:
 
         return self._drawn(draw, range(frames), labels, output)  # a frame's number in a seed's place
 
-    def _edited(self, known: Tensor, project, seeds, labels, *, sigmas, output: str, start: Tensor | None = None):
+    def _edited(
+        self, known: Tensor, project, seeds, labels, *, sigmas, output: str, progress: Progress | None, start: Tensor | None = None
+    ):
         visited, denoise = self._levels(sigmas), self._edit_denoiser()
-        sigma_min = self.sigma_range[0]
+        sigma_min = self.preconditioning.sigma_min
+
+        def counted(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+            D_x = denoise(x, sigma, labels)
+            if progress is not None:
+                progress(len(x))
+            return D_x
 
         def draw(noise: SeedNoise, labels: Tensor | None) -> Tensor:
-            return editing.edit(denoise, noise, known, project=project, sigmas=visited, sigma_min=sigma_min, start=start, labels=labels)
+            return editing.edit(counted, noise, known, project=project, sigmas=visited, sigma_min=sigma_min, start=start, labels=labels)
 
         return self._drawn(draw, seeds, labels, output)
 
     def _edit_denoiser(self) -> Denoiser:
         """Unfolded: a table per class and level would outweigh the network over the many levels of an edit."""
-        return Denoiser(self._worker, self.denoiser.preconditioning)
+        return Denoiser(self._worker, self.preconditioning)
 
     def _levels(self, sigmas) -> tuple[float, ...]:
-        p = self.denoiser.preconditioning
+        p = self.preconditioning
         if sigmas is None:
             return editing.edit_sigmas(sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
         return noise_levels(None, sigmas, p, {})

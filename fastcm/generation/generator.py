@@ -9,13 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import kernels
-from fastcm.consistency.denoiser import Denoiser
+from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError, RunError, nearest
 from fastcm.generation.cuda_graph import CapturedBatch
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
-from fastcm.generation.request import check_output, chosen_sampler, finished, label_array, noise_levels, seed_array
-from fastcm.generation.sampler import TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
+from fastcm.generation.request import (
+    check_output,
+    chosen_churn,
+    chosen_sampler,
+    finished,
+    label_array,
+    noise_levels,
+    seed_array,
+    timestep_sigmas,
+)
+from fastcm.generation.sampler import CHURNED, TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements of one batch at the image's resolution: beyond this a larger batch is no faster, and activations stay below about 1 GB.
@@ -78,7 +87,8 @@ class Generator(EditingTasks):
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._lock = threading.Lock()
         elements = CUDA_ELEMENTS if self.device.type == "cuda" else CPU_ELEMENTS
-        self.batch_size = max(1, elements // (self.channels * self.resolution**2))
+        fitting = max(1, elements // (self.channels * self.resolution**2))
+        self.batch_size = 1 << (fitting.bit_length() - 1)  # a power of two, so that no CUDA graph of a long job is padded
 
     def _working_copy(self) -> nn.Module:
         network, dtype = self.denoiser.network, PRECISIONS[self.precision]
@@ -87,8 +97,12 @@ class Generator(EditingTasks):
         return network.to(memory_format=torch.channels_last) if self.device.type == "cuda" else network
 
     @property
+    def preconditioning(self) -> Preconditioning:
+        return self.denoiser.preconditioning
+
+    @property
     def sigma_range(self) -> tuple[float, float]:
-        return self.denoiser.preconditioning.sigma_min, self.denoiser.preconditioning.sigma_max
+        return self.preconditioning.sigma_min, self.preconditioning.sigma_max
 
     def level(self, sigma: float) -> FrozenLevel:
         """The denoiser at one noise level, folded and in the working precision; kept for the next call."""
@@ -99,30 +113,37 @@ class Generator(EditingTasks):
 
     def sigmas(self, steps: int | None = None, sigmas=None) -> tuple[float, ...]:
         """The noise levels that a call with these arguments visits."""
-        return noise_levels(steps, sigmas, self.denoiser.preconditioning, self.info.get("sampling"))
+        return noise_levels(steps, sigmas, self.preconditioning, self.info.get("sampling"))
 
-    def __call__(self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None):
+    def __call__(
+        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None, churn=None
+    ):
         """Returns one image per seed: uint8 [N, H, W, C], with output="float" float32 in [-1, 1] of that shape, with "pil" a list.
 
         seeds: an int or ints of 64 bits. labels: a class (number or name), a list cycled over the seeds, or None for seed mod classes.
-        steps: network calls, 1 by default, or sigmas: the noise levels from high to low. sampler: "consistency", or for diffusion
-        teachers "heun" (their default), "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels.
+        steps: network calls, 1 by default, or sigmas: the noise levels from high to low (see `timesteps`). sampler: "consistency", or for
+        diffusion teachers "heun" (their default), "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels. churn: for heun and
+        dpm S_churn, or (S_churn, S_tmin, S_tmax, S_noise).
         Raises InputError for arguments that do not fit the model, RunError where an image has non-finite pixels.
         """
-        check_output(output)
-        batches = [images for _, _, images in self.batches(seeds, labels, steps=steps, sigmas=sigmas, output=output, sampler=sampler)]
+        asked = {"steps": steps, "sigmas": sigmas, "sampler": sampler, "churn": churn}
+        batches = [images for _, _, images in self.batches(seeds, labels, output=check_output(output), **asked)]
         dtype = np.float32 if output == "float" else np.uint8
         images = np.concatenate(batches) if batches else np.empty((0, self.resolution, self.resolution, self.channels), dtype)
         return finished(images, output)
 
     def batches(
-        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None
+        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None, churn=None
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
         """Yields (seeds, labels, images) of one batch after the other, for long jobs; arguments as in a call, checked at once."""
         seeds = seed_array(seeds)
         labels = label_array(labels, seeds, self.classes)
-        run = self._run(steps, sigmas, sampler)
+        run = self._run(steps, sigmas, sampler, churn)
         return self._batches(run, seeds, labels, output)
+
+    def timesteps(self, *indices: int, grid: int) -> tuple[float, ...]:
+        """The noise levels of published integer timesteps: sigmas=generator.timesteps(0, 22, 39, grid=40)."""
+        return timestep_sigmas(indices, grid, self.preconditioning)
 
     def _batches(self, run, seeds: np.ndarray, labels: np.ndarray | None, output: str):
         start = 0
@@ -138,10 +159,11 @@ class Generator(EditingTasks):
             yield seeds[rows], None if labels is None else labels[rows], images
             start += len(images)
 
-    def _run(self, steps: int | None, sigmas, sampler: str | None):
+    def _run(self, steps: int | None, sigmas, sampler: str | None, churn):
         """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; None as key: no CUDA graph."""
-        p = self.denoiser.preconditioning
+        p = self.preconditioning
         sampler = chosen_sampler(sampler, self.info)
+        churn = chosen_churn(churn, sampler)
         if sampler == "consistency":
             visited = self.sigmas(steps, sigmas)
             levels = [self.level(sigma) for sigma in visited]
@@ -151,8 +173,9 @@ class Generator(EditingTasks):
             raise InputError(f"sigmas with a solver in --sampler: {sampler}. Give steps; the solver's grid follows from them.")
         steps = TEACHER_STEPS if steps is None else len(self.sigmas(steps))
         grid = teacher_grid(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
+        options = {"churn": churn} if sampler in CHURNED else {}
         denoiser = Denoiser(self._worker, p)
-        return (sampler, steps), lambda noise, labels: solve(denoiser, noise, grid, labels=labels)
+        return (sampler, steps, churn), lambda noise, labels: solve(denoiser, noise, grid, labels=labels, **options)
 
     @torch.inference_mode()
     def _batch(self, run, seeds: np.ndarray, labels: np.ndarray | None, output: str) -> np.ndarray:

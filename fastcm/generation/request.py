@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastcm.consistency.denoiser import Preconditioning
-from fastcm.consistency.noise_schedule import sampling_sigmas
+from fastcm.consistency.noise_schedule import karras_grid, sampling_sigmas
 from fastcm.errors import InputError, nearest
+from fastcm.generation.sampler import CALM, CHURNED, Churn
 
 OUTPUTS = ("uint8", "float", "pil")
 SEED_RANGE = range(-(2**63), 2**63)
@@ -81,6 +82,39 @@ def noise_levels(steps: int | None, sigmas: Iterable[float] | None, precondition
     if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
         raise InputError(f"noise levels out of order in sigmas: {', '.join(f'{s:g}' for s in levels)}. Give them from high to low.")
     return levels
+
+
+def timestep_sigmas(timesteps: Sequence[int], grid: int, preconditioning: Preconditioning) -> tuple[float, ...]:
+    """The noise levels that published integer timesteps stand for: indices of a Karras grid of `grid` levels, from 0, the noisiest.
+
+    Papers write them as 0,22,39/40. The grid's last index, sigma_min, is where sampling ends: it makes no call and may be left out.
+    """
+    p = preconditioning
+    if not isinstance(grid, int) or grid < 2:
+        raise InputError(f"illegal value in grid: {grid}. Give the number of levels, 2 or more, as 40.")
+    for index in timesteps:
+        if not isinstance(index, int) or not 0 <= index < grid:
+            raise InputError(f"timestep out of range in timesteps: {index}. A grid of {grid} levels has the timesteps 0 to {grid - 1}.")
+    if any(later <= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False)):
+        text = ",".join(str(index) for index in timesteps)
+        raise InputError(f"timesteps out of order in timesteps: {text}. Give them upwards, from the noisiest, 0.")
+    calls = [index for index in timesteps if index < grid - 1]
+    if not calls:
+        raise InputError(f"no timestep before the last in timesteps: {list(timesteps)}. Timestep {grid - 1} of {grid} makes no call.")
+    levels = karras_grid(grid, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho).tolist()
+    return tuple(levels[index] for index in calls)
+
+
+def chosen_churn(churn: float | Sequence[float] | None, sampler: str) -> Churn:
+    """Churn from S_churn alone, or from up to (S_churn, S_tmin, S_tmax, S_noise)."""
+    if churn is None:
+        return CALM
+    if sampler not in CHURNED:
+        raise InputError(f"churn for a sampler without it in churn: {sampler}. It is for {' and '.join(CHURNED)}.")
+    values = [churn] if isinstance(churn, (int, float)) else list(churn)
+    if not 1 <= len(values) <= 4 or not all(isinstance(v, (int, float)) and v >= 0 for v in values) or math.isinf(values[0]):
+        raise InputError(f"illegal value in churn: {churn}. Give S_churn, or S_churn,S_tmin,S_tmax,S_noise, all from 0 on.")
+    return Churn(*(float(value) for value in values))
 
 
 def chosen_sampler(sampler: str | None, info: dict) -> str:

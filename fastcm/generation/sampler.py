@@ -3,8 +3,9 @@
 A *level* is a denoiser at one fixed noise level: a callable `level(x, labels) -> D` with `level.sigma`, a float (see frozen.py).
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -92,18 +93,27 @@ def _batch(sigma: float, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
-def churned(
-    x: Tensor, sigma: float, noise: Noise, *, step: int, steps: int, churn: float, churn_range: tuple[float, float], churn_noise: float
-) -> tuple[Tensor, float]:
-    """Raises the noise level before a step (Karras et al. 2022, Algorithm 2, lines 4-6): returns (x, sigma_hat).
+class Churn(NamedTuple):
+    """Fresh noise between the steps of an ODE solver (Karras et al. 2022, Algorithm 2): S_churn, S_tmin, S_tmax and S_noise."""
 
-    gamma = min(churn / (n - 1), sqrt(2) - 1) with n the number of grid levels, as published for consistency models.
-    """
-    gamma = min(churn / max(steps - 1, 1), 2**0.5 - 1) if churn_range[0] <= sigma <= churn_range[1] else 0.0
-    if gamma == 0:
-        return x, sigma
-    sigma_hat = sigma * (1 + gamma)
-    return x + churn_noise * (sigma_hat**2 - sigma**2) ** 0.5 * noise.normal(step + 1), sigma_hat
+    amount: float = 0.0
+    low: float = 0.0
+    high: float = math.inf
+    noise: float = 1.0
+
+    def applied(self, x: Tensor, sigma: float, noise: Noise, *, step: int, steps: int) -> tuple[Tensor, float]:
+        """Raises the noise level before a step (lines 4-6 of the algorithm): returns (x, sigma_hat).
+
+        gamma = min(amount / (n - 1), sqrt(2) - 1) with n the number of grid levels, as published for consistency models.
+        """
+        gamma = min(self.amount / max(steps - 1, 1), 2**0.5 - 1) if self.low <= sigma <= self.high else 0.0
+        if gamma == 0:
+            return x, sigma
+        sigma_hat = sigma * (1 + gamma)
+        return x + self.noise * (sigma_hat**2 - sigma**2) ** 0.5 * noise.normal(step + 1), sigma_hat
+
+
+CALM = Churn()
 
 
 def euler(denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: Tensor | None = None, clip: bool = True) -> Tensor:
@@ -115,39 +125,23 @@ def euler(denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: Tens
 
 
 def heun(
-    denoise: Denoise,
-    noise: Noise,
-    grid: Sequence[float],
-    *,
-    labels: Tensor | None = None,
-    clip: bool = True,
-    churn: float = 0.0,
-    churn_range: tuple[float, float] = (0.0, float("inf")),
-    churn_noise: float = 1.0,
+    denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: Tensor | None = None, clip: bool = True, churn: Churn = CALM
 ) -> Tensor:
     """Heun's method with optional churn (Karras et al. 2022, Algorithm 2): two calls per step, one for the last step to 0."""
     denoise, x = _clipped(denoise, clip), grid[0] * noise.normal(0)
     for step, (sigma, lo) in enumerate(zip(grid, grid[1:], strict=False)):
-        x, hi = churned(x, sigma, noise, step=step, steps=len(grid) - 1, churn=churn, churn_range=churn_range, churn_noise=churn_noise)
+        x, hi = churn.applied(x, sigma, noise, step=step, steps=len(grid) - 1)
         x = (heun_step if lo > 0 else euler_step)(denoise, x, _batch(hi, x), _batch(lo, x), labels)
     return x.clamp(-1, 1) if clip else x
 
 
 def dpm(
-    denoise: Denoise,
-    noise: Noise,
-    grid: Sequence[float],
-    *,
-    labels: Tensor | None = None,
-    clip: bool = True,
-    churn: float = 0.0,
-    churn_range: tuple[float, float] = (0.0, float("inf")),
-    churn_noise: float = 1.0,
+    denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: Tensor | None = None, clip: bool = True, churn: Churn = CALM
 ) -> Tensor:
     """The midpoint method with sigma_mid = ((hi^(1/3) + lo^(1/3)) / 2)^3 and optional churn: two calls per step, the last included."""
     denoise, x = _clipped(denoise, clip), grid[0] * noise.normal(0)
     for step, (sigma, lo) in enumerate(zip(grid, grid[1:], strict=False)):
-        x, hi = churned(x, sigma, noise, step=step, steps=len(grid) - 1, churn=churn, churn_range=churn_range, churn_noise=churn_noise)
+        x, hi = churn.applied(x, sigma, noise, step=step, steps=len(grid) - 1)
         mid = ((hi ** (1 / 3) + lo ** (1 / 3)) / 2) ** 3
         x_mid = euler_step(denoise, x, _batch(hi, x), _batch(mid, x), labels)
         x = x + (lo - hi) * slope(denoise, x_mid, _batch(mid, x), labels)
@@ -167,6 +161,7 @@ def ancestral(denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: 
 
 
 TEACHER_SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": heun, "euler": euler, "dpm": dpm, "ancestral": ancestral}
+CHURNED = ("heun", "dpm")
 SAMPLERS = ("consistency", *TEACHER_SAMPLERS)
 
 
