@@ -32,7 +32,7 @@ class ClassifierDistance(nn.Module):
             x, y = layer(x), layer(y)
             if isinstance(layer, nn.LeakyReLU):
                 difference = (unit_length(x) - unit_length(y)).square().sum(dim=1)
-                total = total + difference.flatten(1).mean(dim=1)
+                total = total + difference.reshape(len(x), -1).mean(dim=1)
         return total
 
 
