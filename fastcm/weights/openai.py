@@ -1,9 +1,7 @@
 """OpenAI's consistency_models checkpoints: a `.pt` file that holds the state dict of an ADM U-Net, and nothing else."""
 
 import os
-import pickle
 import re
-import warnings
 from pathlib import Path
 
 import torch
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
-from fastcm.weights.foreign_file import check_file, refuse, refuse_keys
+from fastcm.weights.foreign_file import refuse, refuse_keys
 from fastcm.weights.model_folder import fill
+from fastcm.weights.state_dict_file import read_state_dict
 
 EXPECTED = "an OpenAI checkpoint (.pt)"
 NORM_GROUPS = 32  # fixed in OpenAI's network
@@ -36,8 +35,7 @@ def read_openai(
     Raises InputError naming file and reason.
     """
     path = Path(path)
-    check_file(path, expected=EXPECTED)
-    state = _load(path)
+    state = read_state_dict(path, expected=EXPECTED)
     try:
         config = infer_config(state, path, image_size=image_size, head_channels=head_channels)
     except (KeyError, IndexError) as error:
@@ -84,29 +82,6 @@ def write_openai(path: str | Path, denoiser: Denoiser, info: dict) -> None:
 def form_of(path: Path) -> str:
     """The preconditioning form by OpenAI's naming: "edm" for edm_*, else "boundary"."""
     return "edm" if path.name.startswith("edm_") else "boundary"
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd pickle protocols; what matters is refused below
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|function) [`']?([\w.]+)", str(error))
-        reason = f"it holds {found[1]}, which is not a tensor, and was not run" if found else "a pickle of something else than tensors"
-        refuse(path, expected=EXPECTED, reason=reason)
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError) as error:
-        line = (str(error).strip() or "end of file").splitlines()[0]
-        refuse(path, expected=EXPECTED, reason=f"damaged or cut short ({line})")
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        keys = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
-        refuse(path, expected=EXPECTED, reason=f"it holds {keys or 'nothing'} instead of named tensors")
-    return state
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def infer_config(state: dict[str, Tensor], path: Path, *, image_size: int | None = None, head_channels: int = 64) -> networks.UNetConfig:
