@@ -73,12 +73,45 @@ def test_all_crosses_labels_and_seeds(model, expected):
     assert np.array_equal(arrays["arr_0"][4], expected([5], 1)[0])
 
 
+def test_published_timesteps_are_noise_levels(model, expected):
+    assert fastcm("sample", model, "--seeds", "0-2", "--timesteps", "0,22,39", "--grid", "40", "--out", "x.npz", "--device", "cpu") == 0
+    assert np.array_equal(np.load("x.npz")["arr_0"], expected(range(3), sigmas=expected.timesteps(0, 22, 39, grid=40)))
+    assert fastcm("sample", model, "--seeds", "0", "--timesteps", "0,22", "--out", "x.png", "--device", "cpu") == 0
+    assert Image.open("x.png").text["fastcm:sampler"] == "sigmas 80,1.38237"
+
+
+def test_a_report_has_seeds_by_classes(model, expected, tmp_path):
+    assert fastcm("sample", model, "--report", "--device", "cpu") == 0
+    report = Image.open(tmp_path / "run-report.png")
+    assert report.text["fastcm:seeds"] == ",".join(f"{seed}" for seed in range(8) for _ in range(3))
+    assert report.text["fastcm:labels"] == ",".join(["0,1,2"] * 8)
+    assert report.height == 2 * 12 + 8 * 66 + 2
+    tile = np.array(report)[24 + 2 + 66 : 24 + 66 + 66, -66 - 66 : -66 - 2]  # seed 1, the second of three classes
+    assert np.array_equal(tile[::8, ::8], expected([1], "bee")[0, ..., 0])
+
+
+def test_a_report_of_some_labels_has_captions(model, expected):
+    assert fastcm("sample", model, "--report", "--seeds", "5,6", "--labels", "bee", "--out", "x.png", "--device", "cpu") == 0
+    report = Image.open("x.png")
+    assert report.size[1] == 12 + 66 + 12 + 2 and report.text["fastcm:labels"] == "1,1"
+    assert np.array_equal(np.array(report)[14:78:8, 68:132:8], expected([6], "bee")[0, ..., 0])
+
+
+def test_long_jobs_are_written_in_batches(model, expected, monkeypatch):
+    monkeypatch.setattr("fastcm.generation.generator.CPU_ELEMENTS", 4 * 64)
+    for out in ("x.npz", "folder/"):
+        assert fastcm("sample", model, "--seeds", "0-9", "--out", out, "--device", "cpu") == 0
+    images = expected(range(10))
+    assert np.array_equal(np.load("x.npz")["arr_0"], images) and np.load("x.npz")["seeds"].tolist() == list(range(10))
+    assert all(np.array_equal(np.array(Image.open(f"folder/seed-{seed}-class-{seed % 3}.png")), images[seed, ..., 0]) for seed in range(10))
+
+
 def test_sixty_four_seeds_by_default(model, tmp_path):
     assert fastcm("sample", model, "--device", "cpu") == 0
     assert Image.open(tmp_path / "run-samples.png").size == (8 * 66 + 2, 8 * 66 + 2)
 
 
-def test_a_teacher_is_sampled_by_its_solver(tmp_path, monkeypatch):
+def test_a_teacher_is_sampled_by_its_solver(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     network = networks.build("adm", {**dict.fromkeys(("in_channels", "out_channels", "blocks"), 1), "resolution": 8, "channels": 8,
                                      "head_channels": 8, "channel_mult": (1,), "attention_resolutions": ()})  # fmt: skip
@@ -88,6 +121,12 @@ def test_a_teacher_is_sampled_by_its_solver(tmp_path, monkeypatch):
     assert Image.open("x.png").text["fastcm:sampler"] == "heun, 18 steps"
     assert fastcm("sample", "teacher", "--seeds", "0", "--sampler", "euler", "--steps", "3", "--out", "y.png", "--device", "cpu") == 0
     assert Image.open("y.png").text["fastcm:sampler"] == "euler, 3 steps"
+    churn = ("--sampler", "heun", "--steps", "5", "--churn", "40,0.05,50,1.003")
+    assert fastcm("sample", "teacher", "--seeds", "0", *churn, "--out", "z.png", "--device", "cpu") == 0
+    assert Image.open("z.png").text["fastcm:sampler"] == "heun, 5 steps, churn 40,0.05,50,1.003"
+    for arguments, words in ((("--sampler", "euler", "--churn", "3"), "churn for a sampler without it"), (("--churn", "-1"), "in churn")):
+        capsys.readouterr()
+        assert fastcm("sample", "teacher", "--seeds", "0", *arguments, "--device", "cpu") == 2 and words in capsys.readouterr().err
 
 
 def test_equal_commands_give_equal_files(model):
@@ -111,6 +150,16 @@ def test_equal_commands_give_equal_files(model):
         (("sample", "run", "--steps", "2", "--sigmas", "80,1"), "--sigmas and --steps"),
         (("sample", "run", "--sigmas", "80,x"), "--sigmas: 80,x"),
         (("sample", "run", "--sigmas", "80,0.0001"), "noise level out of range in sigmas: 0.0001"),
+        (("sample", "run", "--timesteps", "0,40"), "timestep out of range in timesteps: 40"),
+        (("sample", "run", "--timesteps", "22,0", "--grid", "40"), "timesteps out of order in timesteps: 22,0"),
+        (("sample", "run", "--timesteps", "39"), "no timestep before the last"),
+        (("sample", "run", "--timesteps", "0,x"), "not a list of whole numbers in --timesteps: 0,x"),
+        (("sample", "run", "--timesteps", "0", "--grid", "1"), "illegal value in grid: 1"),
+        (("sample", "run", "--timesteps", "0", "--steps", "1"), "--steps and --timesteps"),
+        (("sample", "run", "--grid", "40"), "missing option beside --grid: --timesteps"),
+        (("sample", "run", "--churn", "3"), "churn for a sampler without it in churn: consistency"),
+        (("sample", "x.onnx", "--churn", "3"), "a solver's option for an exported graph in --churn: x.onnx"),
+        (("sample", "run", "--report", "--out", "x.npz"), "A report is a picture"),
         (("sample", "run", "--out", "x.jpg"), "unknown kind of file in --out: x.jpg"),
         (("sample", "run", "--device", "cpuu"), "--device: cpuu"),
         (("sample", "run", "--precision", "fp33"), "--precision: fp33"),

@@ -1,4 +1,4 @@
-"""Zero-shot editing: the equations, what stays untouched, and `fastcm edit` on every task."""
+"""Zero-shot editing: the equations, and what stays untouched."""
 
 import math
 
@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 from analytic import gaussian_consistency
-from PIL import Image
 from test_generator import SMALL, randomised
 
-from fastcm import cli, networks
+from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
 from fastcm.generation import editing
 from fastcm.generation.generator import Generator
 from fastcm.generation.sampler import GivenNoise, SeedNoise
-from fastcm.weights.model_folder import save_model
 
 # The orthogonal matrix of the Consistency Models code for colourisation; its first column is the luminance direction.
 Q = torch.tensor([[0.4471, -0.8204, 0.3563], [0.8780, 0.4785, 0.0], [0.1705, -0.3129, -0.9343]])
@@ -54,6 +52,20 @@ def test_luminance_is_the_first_column_of_the_published_basis():
     coefficients[:, 1:] = 0
     expected = torch.einsum("cd,bdhw->bchw", Q, coefficients)
     torch.testing.assert_close(editing.luminance(image), expected, rtol=0, atol=1e-3)  # Q has four decimals
+
+
+def test_the_published_basis_is_orthogonal_and_begins_with_the_luminance():
+    """Its first column is the luminance direction, the rest what a QR decomposition of [luminance, e2, e3] makes of it (2303.01469, D)."""
+    torch.testing.assert_close(Q @ Q.T, torch.eye(3), rtol=0, atol=2e-4)  # Q has four decimals
+    columns = torch.eye(3, dtype=torch.float64)
+    columns[:, 0] = torch.tensor(editing.LUMINANCE, dtype=torch.float64)
+    exact, _ = torch.linalg.qr(columns)
+    exact = exact * torch.sign(exact[0] * Q[0].double()).where(Q[0] != 0, torch.sign(exact[2] * Q[2].double()))
+    torch.testing.assert_close(exact.float(), Q, rtol=0, atol=1e-4)
+    image = fields(1)[0]
+    first = exact[:, 0].float()
+    expected = torch.einsum("c,d,bdhw->bchw", first, first, image)
+    torch.testing.assert_close(editing.luminance(image), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_patch_means_are_means_of_patches():
@@ -129,6 +141,12 @@ def test_superres_takes_small_and_full_size(colour):
     np.testing.assert_allclose(means[0], small / 127.5 - 1, atol=1e-5)
 
 
+def test_progress_counts_the_calls(colour):
+    seen = []
+    colour.superres(picture()[:2, :2], 4, seeds=[0, 1, 2], sigmas=FEW, progress=seen.append)
+    assert seen == [3, 3, 3]
+
+
 def test_stroke_keeps_more_from_a_lower_level(colour):
     image = picture()
     generator = Generator(gaussian_consistency(data_std=0.5), {"resolution": 8, "channels": 3, "classes": None}, device="cpu")
@@ -190,94 +208,3 @@ def test_a_grey_model_cannot_colour():
     generator = Generator(gaussian_consistency(), {"resolution": 8, "channels": 1, "classes": None}, device="cpu")
     with pytest.raises(InputError, match="a model without colours"):
         generator.colorize(picture(1))
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A colour model `model` and pictures, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model", colour_denoiser(), {"classes": ["ant", "bee", "cat"]})
-    Image.fromarray(picture()).save("small.png")
-    Image.fromarray(picture()[:2, :2]).save("tiny.png")
-    Image.fromarray(picture(1)[..., 0]).save("grey.png")
-    Image.fromarray(np.kron(picture(), np.ones((3, 3, 1), np.uint8))).save("large.png")
-    mask = np.zeros((8, 8), np.uint8)
-    mask[:, 4:] = 255
-    Image.fromarray(mask).save("mask.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG not")
-    return tmp_path
-
-
-def edit(*arguments):
-    return cli.main(["edit", *map(str, arguments), "--device", "cpu"])
-
-
-FAST = ("--sigmas", "80,2")
-
-
-def test_inpaint_from_the_command_line(folder, capsys):
-    assert edit("inpaint", "model", "--image", "small.png", "--mask", "mask.png", "--labels", "bee", "--out", "out.png", *FAST) == 0
-    result = Image.open("out.png")
-    assert result.size == (8, 8) and result.mode == "RGB" and result.text["fastcm:seeds"] == "0"
-    assert np.array_equal(np.array(result)[:, :4], picture()[:, :4]) and not np.array_equal(np.array(result)[:, 4:], picture()[:, 4:])
-    assert min(Image.open("out-compare.png").size) > 64 and capsys.readouterr().out == "out.png\nout-compare.png\n"
-    assert edit("inpaint", "model", "--image", "small.png", "--box", "1,2,3,8", "--seeds", "3,5", *FAST) == 0
-    for seed in (3, 5):
-        changed = (np.array(Image.open(f"inpaint-{seed}.png")) != picture()).any(axis=-1)
-        assert changed[2:8, 1:3].mean() > 0.5 and changed.sum() == changed[2:8, 1:3].sum()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("colorize", "model", "--image", "grey.png", *FAST),
-        ("superres", "model", "--image", "tiny.png", *FAST),
-        ("superres", "model", "--image", "large.png", "--factor", "2", *FAST),
-        ("stroke", "model", "--image", "large.png"),
-        ("stroke", "model", "--image", "small.png", "--sigma", "1.5"),
-        ("denoise", "model", "--image", "small.png", "--sigma", "0.5", "--labels", "2"),
-    ],
-)
-def test_tasks_from_the_command_line(folder, arguments):
-    assert edit(*arguments) == 0
-    result = np.array(Image.open(f"{arguments[0]}.png"))
-    assert result.shape == (8, 8, 3) and result.std() > 5
-    assert Image.open(f"{arguments[0]}-compare.png").size[0] > 128
-
-
-def test_interpolate_from_the_command_line(folder):
-    assert edit("interpolate", "model", "--seeds", "7,8", "--labels", "0", "--frames", "6", "--out", "way.png") == 0
-    assert Image.open("way.png").size == (48, 8)
-    animation = Image.open("way.gif")
-    assert animation.n_frames > 6 and animation.size == (128, 128)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("paint", "model"), "paint"),
-        (("inpaint", "model", "--image", "small.png"), "missing option for inpaint: --mask or --box"),
-        (("inpaint", "model", "--box", "0,0,4,4"), "missing option for inpaint: --image"),
-        (("inpaint", "model", "--image", "small.png", "--box", "4,0,4,4"), "empty rectangle in --box"),
-        (("inpaint", "model", "--image", "small.png", "--box", "0,0,9,4"), "outside the picture in --box"),
-        (("inpaint", "model", "--image", "small.png", "--mask", "tiny.png"), "another size in --mask: tiny.png has 2x2"),
-        (("inpaint", "model", "--image", "grey.png", "--box", "0,0,4,4"), "greyscale for a colour model in --image: grey.png"),
-        (("inpaint", "model", "--image", "none.png", "--box", "0,0,4,4"), "no such file in --image: none.png"),
-        (("inpaint", "model", "--image", "broken.png", "--box", "0,0,4,4"), "unreadable picture in --image: broken.png"),
-        (("inpaint", "model", "--image", "small.png", "--box", "0,0,4,4", "--labels", "4"), "class out of range in labels: 4"),
-        (("denoise", "model", "--image", "small.png"), "missing option for denoise: --sigma"),
-        (("denoise", "model", "--image", "small.png", "--sigma", "99"), "noise level out of range"),
-        (("superres", "model", "--image", "small.png", "--factor", "5"), "illegal value in factor: 5"),
-        (("superres", "model", "--image", "small.png", "--factor", "0"), "illegal value in factor: 0"),
-        (("superres", "model", "--image", "small.png", "--sigma", "2"), "an option that superres does not take: --sigma"),
-        (("interpolate", "model", "--image", "small.png"), "an option that interpolate does not take: --image"),
-        (("stroke", "model", "--image", "small.png", "--out", "x.jpg"), "unknown kind of file in --out: x.jpg"),
-        (("stroke", "nowhere", "--image", "small.png"), "no such file or folder in MODEL"),
-    ],
-)
-def test_bad_input_is_one_line_and_creates_nothing(folder, capsys, arguments, words):
-    before = sorted(folder.rglob("*"))
-    assert edit(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastcm: error: ") and words in error and error.count("\n") == 1
-    assert sorted(folder.rglob("*")) == before

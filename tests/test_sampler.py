@@ -139,11 +139,42 @@ def test_churn_follows_algorithm_2():
     assert image.std().item() == pytest.approx(0.3, rel=0.15)
 
 
+class OneAtATime:
+    """Noise whose row k is a constant field of ones at step k and of zeros at all others."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def normal(self, step):
+        return (torch.arange(self.steps) == step).float().view(-1, 1, 1, 1)
+
+
+def deviation(sampler, steps, *, end, **options):
+    """The exact deviation of a sampler's image down to sigma = end: in the Gaussian world it is linear in the fields that it draws."""
+    grid = ((80 ** (1 / 7) + torch.arange(steps + 1, dtype=torch.float64) / steps * (end ** (1 / 7) - 80 ** (1 / 7))) ** 7).tolist()
+    return sampler(gaussian_teacher("edm", data_std=0.7), OneAtATime(steps + 2), grid, clip=False, **options).square().sum().sqrt().item()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order", "options"), [(ancestral, 1, {}), (heun, 2, {"churn": Churn(4)}), (dpm, 2, {"churn": Churn(4)})]
+)
+def test_order_of_convergence_with_noise_between_the_steps(sampler, order, options):
+    """There is no exact sample then, but an exact deviation: that of data and noise at the level where the grid stops."""
+    errors = [abs(deviation(sampler, steps, end=0.5, **options) - math.hypot(0.7, 0.5)) for steps in (48, 96)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
 def test_churn_moves_dpm_samples():
     grid, denoiser = teacher_grid(30, **GRID), gaussian_teacher("edm", data_std=0.3)
     churned, calm = (dpm(denoiser, given(31, batch=64), grid, clip=False, churn=Churn(amount)) for amount in (20.0, 0.0))
     assert (churned - calm).abs().mean() > 0.05
     assert churned.std().item() == pytest.approx(0.3, rel=0.15)
+
+
+def test_churn_of_nothing_is_calm():
+    grid, denoiser = teacher_grid(10, **GRID), gaussian_teacher("edm", data_std=0.3)
+    for churn in (Churn(0), Churn(20, low=90), Churn(20, high=0.001)):
+        assert torch.equal(heun(denoiser, given(1), grid, churn=churn), heun(denoiser, given(1), grid))
 
 
 def test_ancestral_keeps_the_distribution():

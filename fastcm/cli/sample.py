@@ -181,7 +181,7 @@ def write_grid(out: Path, batches, total: int, generator, *, columns: int | None
     seeds, images = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
     labels = None if parts[0][1] is None else np.concatenate([part[1] for part in parts])
     if captioned:
-        classes = [""] * total if labels is None else [f" {generator.classes[label]}" for label in labels]
+        classes = [""] * total if labels is None else [f": {generator.classes[label]}" for label in labels]
         names = {**names, "captions": [f"{seed}{name}" for seed, name in zip(seeds, classes, strict=True)]}
     text = {**facts, "fastcm:seeds": _joined(seeds), **({} if labels is None else {"fastcm:labels": _joined(labels)})}
     pictures.save_png(out, pictures.grid(images, columns=columns, **names), text=text)
