@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastcm import cli, evaluation
-from fastcm.cli.evaluate import CALLS
+from fastcm.cli.evaluate_sets import CALLS
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
-from fastcm.evaluation import features, protocol, train_judge
+from fastcm.evaluation import features, halves, train_judge
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
 from fastcm.networks.unet import UNet, UNetConfig
@@ -29,8 +29,8 @@ def judge():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, judge):
-    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed: judge)
-    monkeypatch.setattr(protocol, "SPLITS", 5)
+    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed, cache: judge)
+    monkeypatch.setattr(halves, "SPLITS", 5)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_model_knows_its_training_data_and_the_rows_it_never_saw(tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--metrics", "fid"), "unknown metric in --metrics: fid."),
+        (("--metrics", "fdi"), "unknown metric in --metrics: fdi."),
         (("--steps", "0"), "invalid number of steps in --steps: 0."),
         (("--steps", "1", "--sigmas", "80,0.8"), "two options that exclude each other"),
         (("--sigmas", "80,x"), "not a list of numbers in --sigmas"),

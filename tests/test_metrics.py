@@ -90,8 +90,10 @@ def brute_precision_recall(real, generated, k):
     return inside(generated, real), inside(real, generated)
 
 
+@pytest.mark.parametrize("block", [1024, 7])
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_agree_with_brute_force(rng, k):
+def test_precision_and_recall_agree_with_brute_force(rng, monkeypatch, k, block):
+    monkeypatch.setattr(metrics, "BLOCK", block)
     real, generated = rng.normal(size=(40, 3)), rng.normal(size=(33, 3)) * 0.8 + 0.9
     expected = brute_precision_recall(real, generated, k)
     assert 0.05 < min(expected) and max(expected) < 0.95
@@ -130,20 +132,23 @@ def test_leave_one_out_skips_the_image_itself_but_not_its_twin(rng, monkeypatch,
     a[29] = a[0]
     table = np.sqrt(((a[:, None].astype(float) - a[None].astype(float)) ** 2).mean(axis=(2, 3, 4)))
     np.fill_diagonal(table, np.inf)
-    distance, index = metrics.nearest_distances(a, a, leave_one_out=True)
+    distance, index = metrics.nearest_distances(a, a, own=np.arange(30))
     np.testing.assert_array_equal(index, table.argmin(axis=1))
     assert distance[0] == 0 and index[0] == 29 and (distance[1:29] > 0).all()
+    some = np.array([3, 11, 12, 28])
+    np.testing.assert_array_equal(metrics.nearest_distances(a[some], a, own=some)[1], index[some])
 
 
 def test_copies_are_detected_and_fresh_images_are_not(rng):
     train, held_out, fresh = pictures(rng, 400), pictures(rng, 400), pictures(rng, 400)
-    for real in (held_out, None):
-        assert metrics.copy_check(fresh, train, real)["closer_share"] < 0.05
+    everyone = np.arange(400)
+    for real in (metrics.nearest_distances(held_out, train)[0], metrics.nearest_distances(train, train, own=everyone)[0]):
+        assert metrics.copy_check(metrics.nearest_distances(fresh, train)[0], real)["closer_share"] < 0.05
         mixed = np.concatenate([fresh[:300], train[:100]])
-        found = metrics.copy_check(mixed, train, real)
+        found = metrics.copy_check(metrics.nearest_distances(mixed, train)[0], real)
         assert found["closer_share"] == pytest.approx(0.25, abs=0.03) and found["identical"] == 100
     # Copies one level of brightness away are no better.
-    assert metrics.copy_check(train ^ 1, train, held_out)["closer_share"] == 1
+        assert metrics.copy_check(metrics.nearest_distances(train ^ 1, train)[0], real)["closer_share"] == 1
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_copies_are_detected_and_fresh_images_are_not(rng):
         (lambda: metrics.frechet(np.full((9, 4), np.nan), np.ones((9, 4))), "non-finite values in features: 36 of 36"),
         (lambda: metrics.precision_recall(np.ones((3, 4)), np.ones((9, 4))), "At least 4"),
         (lambda: metrics.nearest_distances(np.zeros((2, 1, 4, 4), np.uint8), np.zeros((2, 3, 4, 4), np.uint8)), "one shape"),
-        (lambda: metrics.nearest_distances(*[np.zeros((1, 1, 4, 4), np.uint8)] * 2, leave_one_out=True), "too few images"),
+        (lambda: metrics.nearest_distances(*[np.zeros((1, 1, 4, 4), np.uint8)] * 2, own=np.zeros(1, int)), "too few images"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, words):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from fastcm.errors import InputError
-from fastcm.evaluation import features, protocol, report
-from fastcm.evaluation.protocol import Features, Samples, TrainingJudge, evaluate, over_splits, paired
+from fastcm.evaluation import features, halves, report
+from fastcm.evaluation.halves import Features, TrainingJudge, over_splits, paired
+from fastcm.evaluation.protocol import evaluate
+from fastcm.evaluation.samples import Samples
 
 
 def pictures(count, *, seed, classes=4, noise=40):
@@ -45,7 +47,7 @@ def test_both_sides_have_equal_counts_of_each_class():
 @pytest.mark.parametrize("balanced", [True, False])
 def test_a_perfect_generator_has_the_real_figure(monkeypatch, balanced, labelled):
     """Over many draws of data and generator from one distribution, the ratio of the means is 1: neither side gains by its count."""
-    monkeypatch.setattr(protocol, "SPLITS", 5)
+    monkeypatch.setattr(halves, "SPLITS", 5)
     rng = np.random.default_rng(1)
 
     def drawn(count):
@@ -82,7 +84,7 @@ def test_a_broken_generator_scores_badly(world, broken):
         images = images[labels == 0].repeat(4, axis=0)
     row = figures(world, images, labels)
     assert row["accuracy"] < 0.5
-    assert row["fd"]["ratio"] > 10 and row["fd_balanced"]["ratio"] > 10 and row["fd_all"] > 10 * row["fd"]["real"]["mean"]
+    assert row["fd"]["ratio"] > 10 and row["fd_balanced"]["ratio"] > 10 and row["fid"]["mean"] > 10 * row["fd"]["real"]["mean"]
     assert row["recall"]["mean"] < 0.5
 
 
@@ -95,11 +97,13 @@ def test_permuted_labels_are_at_chance(world):
 
 def test_copies_are_detected_with_and_without_held_out_rows(world):
     images, labels, _ = world
-    copies = figures(world, images, labels, metrics=("neighbours",))["neighbours"]
-    assert copies["closer_share"] == 1 and copies["identical"] == 400 and copies["real_images"].endswith("leave-one-out")
+    result = evaluate([Samples("set", images, labels)], images, labels, metrics=("neighbours",))
+    copies = result["sets"][0]["neighbours"]
+    assert result["protocol"]["neighbours_real"] == "training images, leave-one-out"
+    assert copies["closer_share"] == 1 and copies["identical"] == 400
     held_out = np.arange(300, 400)
     row = figures(world, images[held_out], labels[held_out], metrics=("neighbours",), held_out=held_out)["neighbours"]
-    assert row["identical"] == 0 and row["train_count"] == 300 and row["real_count"] == 100 and row["real_images"] == "held-out images"
+    assert row["identical"] == 0 and row["train_count"] == 300 and row["real_count"] == 100
 
 
 def test_figures_are_deterministic(world):
@@ -167,5 +171,5 @@ def test_the_report_holds_the_figures_and_the_protocol(world):
     row = result["sets"][0]
     shown = (f"{row['accuracy']:.2%}", f"{row['fd']['mean']:.2f}", f"{row['fd_balanced']['ratio']:.2f}", f"{row['recall']['mean']:.3f}")
     assert all(part in text for part in shown)
-    assert result["protocol"]["reference_sha256"][:16] in text and "seed 0" in text and f"{protocol.SPLITS} fixed halvings" in text
+    assert result["protocol"]["reference_sha256"][:16] in text and "seed 0" in text and f"{halves.SPLITS} fixed halvings" in text
     assert max(map(len, text.splitlines())) <= 120

@@ -1,27 +1,21 @@
 """`fastcm evaluate`: how good a model's samples are, or samples on disk, measured against a data set, with the protocol of every figure."""
 
 import argparse
-import re
 from pathlib import Path
 
+from fastcm.cli.evaluate_sets import FIRST_SEED, Measured, draw_samples, is_samples, open_model, read_samples, step_list
 from fastcm.cli.sample import seed_list, sigma_list
-from fastcm.errors import InputError, nearest
+from fastcm.errors import InputError
 
-# Seeds that no default of training or sampling uses, and by which no setting was chosen.
-FIRST_SEED, DEFAULT_COUNT = 500_000, 2000
-CALLS = {
-    "consistency": lambda n: n,
-    "euler": lambda n: n,
-    "ancestral": lambda n: n,
-    "heun": lambda n: 2 * n - 1,
-    "dpm": lambda n: 2 * n,
-}
+# Up to this size, and for pictures below 32 pixels, data are judged by a classifier of their own; beyond, by Inception.
+SMALL_COUNT, SMALL_SIDE = 20_000, 32
+SEARCH_METRICS = {"fid": 1, "fd": 1, "kid": 1, "lpips": -1, "is": -1, "accuracy": -1, "precision": -1, "recall": -1}
 
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("evaluate", help="measure samples against real images", description=__doc__)
     parser.add_argument("model", metavar="MODEL|x.npz|FOLDER", help="a model of any kind, or samples: an .npz or a folder of pictures")
-    parser.add_argument("--data", metavar="SRC", required=True, help="the real images: a folder (class = subfolder), an .npz, or digits")
+    parser.add_argument("--data", metavar="SRC", help="the real images: a folder (class = subfolder), an .npz, or digits")
     parser.add_argument(
         "--seeds", metavar="A-B", type=seed_list, help=f"seeds of the samples; from {FIRST_SEED} on, as many as images, at most 2,000"
     )
@@ -29,154 +23,179 @@ def add(subparsers) -> None:
     how.add_argument("--steps", metavar="K,K", type=step_list, help="numbers of steps to measure (1,2; a diffusion teacher: 18)")
     how.add_argument("--sigmas", metavar="S,S", type=sigma_list, help="the noise levels of one multistep sampler, downwards, as 80,0.8")
     parser.add_argument("--sampler", help="consistency, heun, euler, dpm or ancestral; by default what the model was trained for")
-    parser.add_argument("--metrics", type=lambda text: text.split(","), help="some of accuracy,fd,kid,precision,recall,neighbours (all)")
+    names = "accuracy,fd,fid,kid,is,precision,recall,neighbours,lpips,consistency"
+    parser.add_argument("--metrics", type=lambda text: text.split(","), help=f"some of {names} (all that can be had)")
+    networks = "judge (a classifier of the data), inception, a file.onnx or package.module:name (by the size of the data)"
+    parser.add_argument("--features", metavar="F", help=networks)
+    parser.add_argument("--inception-weights", metavar="FILE", type=Path, help="torch-fidelity's weights; where torch.hub keeps them")
+    parser.add_argument("--reference", metavar="x.npz", type=Path, help="statistics mu and sigma in place of the data's, for fid")
+    parser.add_argument("--save-reference", metavar="OUT", type=Path, help="write the statistics of the data, mu and sigma, to this .npz")
+    parser.add_argument("--lpips-weights", metavar="FILE", help="torchvision's VGG16, for the metric lpips")
+    parser.add_argument("--teacher", metavar="MODEL", help="a diffusion model whose trajectories self-consistency follows")
     parser.add_argument("--judge-seed", type=int, default=0, help="seed of the classifier whose features are used (0)")
+    parser.add_argument("--search-steps", metavar="K", type=int, help="first search the noise levels of 2 to K steps")
+    parser.add_argument("--search-metric", default="fid", choices=list(SEARCH_METRICS), help="what the search improves (fid)")
+    parser.add_argument("--save", action="store_true", help="write the levels that were found into the model, for --steps K to use")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for sampling")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for sampling")
     parser.add_argument("--provider", default="auto", help="auto, cpu, cuda or tensorrt: what runs an .onnx file")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write every figure and the protocol to this file")
-
-
-def step_list(text: str) -> list[int]:
-    """Numbers of steps of `1,2`."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise InputError(f"invalid number of steps in --steps: {text}. Write one or more as 1,2.")
-    return [int(part) for part in text.split(",")]
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write a page with pictures, curves and figures: DIR/index.html")
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from fastcm import __version__, evaluation
+    from fastcm import __version__
     from fastcm.evaluation import protocol, report
 
-    metrics = args.metrics or list(evaluation.METRICS)
-    protocol.check_metrics(metrics, labels=())
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise InputError(f"no such folder for --json: {args.json.absolute().parent}. Create it first.")
-    read = read_samples if is_samples(args.model) else draw_samples
-    dataset, sets, facts, held_out = read(args, metrics)
-    judge = None
-    if set(metrics) != {"neighbours"} and dataset.labels is not None:
-        judge = evaluation.train_judge(dataset.images, dataset.labels, seed=args.judge_seed)
-    result = evaluation.evaluate(sets, dataset.images, dataset.labels, judge=judge, metrics=metrics, held_out=held_out)
+    check_options(args)
+    samples = is_samples(args.model)
+    opened = read_samples(args) if samples else open_model(args)
+    metrics, world = prepare(args, opened)
+    if args.save_reference is not None:
+        save_reference(args.save_reference, world)
+    if args.search_steps is not None:
+        from fastcm.cli.evaluate_search import search
+
+        search(args, opened, world)
+    measured = opened if samples else draw_samples(args, opened)
+    galleries = {} if args.report is not None else None
+    result = protocol.figures(measured.sets, world, galleries=galleries)
+    if "consistency" in metrics:
+        figures = consistency(args, measured)
+        for row in result["sets"]:
+            row["consistency"] = figures
     versions = {"fastcm": __version__, "torch": torch.__version__}
-    result["protocol"] |= {"data": args.data, "data_fingerprint": dataset.fingerprint, **facts, "versions": versions}
+    result["protocol"] |= {**data_facts(args, measured), **measured.facts, "versions": versions}
     print(report.text(result))
+    write_results(args, measured, result, galleries)
+    return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What is wrong whatever the model."""
+    from fastcm.evaluation import METRICS, protocol
+
+    protocol.check_metrics(args.metrics or METRICS, labels=())
+    if args.data is None and args.reference is None:
+        raise InputError("missing argument in fastcm evaluate: --data. See fastcm evaluate --help.")
+    for option in ("json", "save_reference", "report"):
+        path = getattr(args, option)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"no such folder for --{option.replace('_', '-')}: {path.absolute().parent}. Create it first.")
+    if args.report is not None and args.report.exists() and not args.report.is_dir():
+        raise InputError(f"not a folder in --report: {args.report}. Name a folder.")
+    if args.save and args.search_steps is None:
+        raise InputError("nothing to save in --save: no levels were searched. Give --search-steps K as well.")
+    if args.search_steps is not None and args.sigmas is not None:
+        raise InputError("levels given beside a search: --sigmas with --search-steps. Leave one of them out.")
+
+
+def prepare(args: argparse.Namespace, opened: Measured):
+    """(the metrics to measure, the world that they are measured in). Raises before anything is drawn."""
+    from fastcm import evaluation
+    from fastcm.evaluation import extractors, protocol
+    from fastcm.evaluation.reference import read_reference
+    from fastcm.training.image_cache import cache_folder
+
+    dataset, cache = opened.dataset, cache_folder(None) / "evaluation"
+    kind = args.features or default_features(dataset)
+    metrics = args.metrics or default_metrics(args, opened, kind)
+    images, labels = (None, None) if dataset is None else (dataset.images, dataset.labels)
+    protocol.check_metrics(metrics, labels, features=None if kind == "judge" else kind, statistics=dataset is None)
+    if "consistency" in metrics and not has_denoiser(opened.generator):
+        raise InputError(f"no torch model for --metrics consistency: {args.model}. Give the folder of the model, or leave it out.")
+    tools: dict = {"held_out": opened.held_out, "cache": cache}
+    if args.reference is not None:
+        tools["reference"] = read_reference(args.reference)
+    if kind != "judge" and protocol.FEATURE_METRICS & set(metrics):
+        device = "cpu" if opened.generator is None else str(opened.generator.device)
+        tools["extractor"] = extractors.open_extractor(kind, inception_weights=args.inception_weights, device=device)
+    if protocol.JUDGE_METRICS & set(metrics) or (kind == "judge" and protocol.FEATURE_METRICS & set(metrics)):
+        tools["judge"] = evaluation.train_judge(images, labels, seed=args.judge_seed, cache=cache)
+    if "lpips" in metrics:
+        from fastcm.weights.lpips_weights import load_lpips
+
+        tools["lpips"] = load_lpips(args.lpips_weights, pooling="max", resize=False)
+    return metrics, protocol.prepare(images, labels, metrics=[name for name in metrics if name != "consistency"], **tools)
+
+
+def save_reference(path: Path, world) -> None:
+    from fastcm.evaluation.statistics import save_statistics
+
+    if world.reference is None:
+        raise InputError(f"no statistics for --save-reference: {path}. Measure fid, kid, precision or recall as well.")
+    save_statistics(path, world.reference.mean, world.reference.covariance)
+
+
+def default_features(dataset) -> str:
+    """The judge for small data, Inception for everything else."""
+    if dataset is None:
+        return "inception"
+    return "judge" if len(dataset) <= SMALL_COUNT or dataset.resolution < SMALL_SIDE else "inception"
+
+
+def default_metrics(args: argparse.Namespace, opened: Measured, kind: str) -> list[str]:
+    """All that can be had: of the judge where it is the feature network, lpips with weights, consistency of a consistency model."""
+    from fastcm.cli.evaluate_sets import default_sampler
+    from fastcm.evaluation import METRICS, protocol
+
+    if opened.dataset is None or args.reference is not None:
+        chosen = ["fid"]
+    elif kind == "judge":
+        chosen = list(METRICS)
+    else:
+        chosen = [name for name in METRICS if name not in protocol.JUDGE_METRICS and (name != "is" or kind == "inception")]
+    if opened.dataset is None:
+        return chosen
+    is_consistency = has_denoiser(opened.generator) and default_sampler(opened.generator.info) == "consistency"
+    return [*chosen, *(["lpips"] if args.lpips_weights else []), *(["consistency"] if is_consistency else [])]
+
+
+def has_denoiser(generator) -> bool:
+    return getattr(generator, "denoiser", None) is not None
+
+
+def consistency(args: argparse.Namespace, measured: Measured) -> dict:
+    """Self-consistency of the model on a fixed choice of 64 images of the data."""
+    import numpy as np
+    import torch
+
+    from fastcm import api
+    from fastcm.evaluation.samples import check_shape
+    from fastcm.evaluation.self_consistency import consistency_figures
+    from fastcm.evaluation.statistics import ordered
+
+    generator, dataset, teacher = measured.generator, measured.dataset, None
+    if args.teacher is not None:
+        teacher, info = api.load_denoiser(args.teacher)
+        if teacher.preconditioning.form != "edm":
+            raise InputError(f"not a diffusion model in --teacher: {args.teacher}. Train one with --method edm.")
+        shape = (info.get("channels"), info.get("resolution"), info.get("resolution"))
+        check_shape(f"--teacher {args.teacher}", shape, dataset.images.shape[1:])
+        teacher = teacher.to(generator.device)
+    rows = np.flatnonzero(ordered(len(dataset), number=0) < 64)
+    images = torch.from_numpy(np.ascontiguousarray(dataset.images[rows])).to(generator.device)
+    labels = torch.from_numpy(dataset.labels[rows]).to(generator.device) if generator.classes else None
+    return consistency_figures(generator.denoiser, images, labels=labels, seed=FIRST_SEED, teacher=teacher)
+
+
+def data_facts(args: argparse.Namespace, measured: Measured) -> dict:
+    """The data's place in the protocol."""
+    if measured.dataset is None:
+        return {"data": str(args.reference)}
+    rule = "cropped to a square, halved by box and reduced by bicubic filter"
+    return {"data": args.data, "data_fingerprint": measured.dataset.fingerprint, "data_resize": rule}
+
+
+def write_results(args: argparse.Namespace, measured: Measured, result: dict, galleries: dict | None) -> None:
+    """The files that were asked for."""
     if args.json is not None:
         from fastcm.weights.model_folder import write_json
 
         write_json(args.json, result)
-    return 0
+    if args.report is not None:
+        from fastcm.cli.evaluate_page import write_page
 
-
-def is_samples(model: str) -> bool:
-    """Whether the argument is a set of images rather than a model: an .npz, or a folder without any config.json."""
-    path = Path(model)
-    configs = ("config.json", "model_index.json", "unet/config.json", "model/config.json")
-    return path.suffix.lower() == ".npz" or (path.is_dir() and not any((path / name).is_file() for name in configs))
-
-
-def read_samples(args: argparse.Namespace, metrics: list[str]):
-    """(dataset, [Samples], facts for the protocol, None) of an .npz or a folder of pictures."""
-    from fastcm.evaluation import Samples, protocol
-    from fastcm.training.data import open_dataset
-
-    for option in ("seeds", "steps", "sigmas", "sampler"):
-        if getattr(args, option) is not None:
-            raise InputError(f"an option of models beside samples: --{option} with {args.model}. Leave it out, or give a model.")
-    path = Path(args.model)
-    found = open_dataset(path)
-    dataset = open_dataset(args.data, resolution=found.resolution)
-    if found.labels is not None and dataset.class_names:
-        # Files made by `fastcm sample` hold the numbers of the classes, folders hold their names.
-        names = len(dataset.class_names) if path.suffix.lower() == ".npz" else dataset.class_names
-        found = open_dataset(path, classes=names)
-    samples = Samples(path.name, found.images, found.labels)
-    protocol.check_metrics(metrics, dataset.labels)
-    protocol.check_shape(path.name, found.images.shape[1:], dataset.images)
-    return dataset, [samples], {"samples": f"{len(found):,} images of {path}", "samples_fingerprint": found.fingerprint}, None
-
-
-def draw_samples(args: argparse.Namespace, metrics: list[str]):
-    """(dataset, [Samples per number of steps], facts for the protocol, rows held out from training) of a model."""
-    import numpy as np
-
-    from fastcm import api
-    from fastcm.evaluation import Samples, protocol
-    from fastcm.generation.request import label_array
-    from fastcm.training.data import open_dataset
-
-    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider)
-    dataset = open_dataset(args.data, resolution=generator.resolution, classes=generator.classes)
-    count = min(len(dataset), DEFAULT_COUNT)
-    seeds = np.array(args.seeds if args.seeds is not None else range(FIRST_SEED, FIRST_SEED + count), dtype=np.int64)
-    labels = label_array(None, seeds, generator.classes)
-    protocol.check_metrics(metrics, dataset.labels)
-    protocol.check_shape(args.model, (generator.channels, generator.resolution, generator.resolution), dataset.images)
-    sampler = args.sampler or default_sampler(generator.info)
-    # Every request is checked before the first one is drawn.
-    asked = requests(args, generator, sampler)
-    batches = [generator.batches(seeds, labels, **options) for _, _, options in asked]
-    sets = [Samples(name, drawn(parts, len(seeds), name), labels, nfe) for (name, nfe, _), parts in zip(asked, batches, strict=True)]
-    facts, held_out = describe(generator, dataset, seeds, sampler, [options for _, _, options in asked])
-    return dataset, sets, {"model": args.model, **facts}, held_out
-
-
-def default_sampler(info: dict) -> str:
-    """heun for diffusion models, which one call does not take to an image, consistency for the others."""
-    method = info.get("training", {}).get("method") if isinstance(info.get("training"), dict) else None
-    form = info.get("preconditioning", {}).get("form")
-    return "heun" if method == "edm" or (method is None and form == "edm") else "consistency"
-
-
-def requests(args: argparse.Namespace, generator, sampler: str) -> list[tuple[str, int, dict]]:
-    """(name, network calls per image, options of the generator) of each set of samples."""
-    from fastcm.generation.sampler import SAMPLERS, TEACHER_STEPS
-
-    if sampler not in SAMPLERS:
-        raise InputError(f"unknown value in --sampler: {sampler}. Use one of {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}")
-    if args.sigmas is not None:
-        name = f"sigmas {','.join(f'{sigma:g}' for sigma in args.sigmas)}"
-        return [(name, len(args.sigmas), {"sigmas": tuple(args.sigmas), "sampler": sampler})]
-    fixed = getattr(generator, "graph_sigmas", None)
-    if fixed is not None and args.steps is None:
-        steps = [len(fixed)]
-    else:
-        steps = args.steps or ([1, 2] if sampler == "consistency" else [TEACHER_STEPS])
-    prefix = "" if sampler == "consistency" else f"{sampler}, "
-    return [(f"{prefix}{n} step{'s' if n > 1 else ''}", CALLS[sampler](n), {"steps": n, "sampler": sampler}) for n in steps]
-
-
-def drawn(batches, total: int, name: str):
-    """The images of a generator's batches, uint8 [N, C, H, W], with a progress bar on a terminal."""
-    import numpy as np
-    from tqdm import tqdm
-
-    parts = []
-    with tqdm(total=total, desc=name, unit="img", disable=None, leave=False) as bar:
-        for _, _, images in batches:
-            parts.append(images)
-            bar.update(len(images))
-    return np.ascontiguousarray(np.concatenate(parts).transpose(0, 3, 1, 2))
-
-
-def describe(generator, dataset, seeds, sampler: str, asked: list[dict]):
-    """(facts for the protocol, rows of the data set that were held out from training, or None)."""
-    import numpy as np
-
-    training = generator.info.get("training")
-    training = training if isinstance(training, dict) else {}
-    first, last = int(seeds.min()), int(seeds.max())
-    shown = f"{first}-{last}" if np.array_equal(seeds, np.arange(first, last + 1)) else f"{len(seeds)} from {first} to {last}"
-    labels = f"label = seed mod {len(generator.classes)}" if generator.classes else "no labels"
-    how, facts = sampler, {"sampler": sampler, "seeds": shown, "precision": generator.precision, "provider": generator.provider}
-    if sampler == "consistency":
-        facts["sigmas"] = [generator.sigmas(o.get("steps"), o.get("sigmas")) for o in asked]
-        how = "from noise level " + ", ".join(" -> ".join(f"{sigma:g}" for sigma in sigmas) for sigmas in facts["sigmas"])
-    known = training.get("dataset")
-    facts["trained_on_this_data"] = None if known is None else known == dataset.fingerprint
-    relation = {None: "", True: "; trained on these images", False: "; trained on other images"}[facts["trained_on_this_data"]]
-    facts["samples"] = f"seeds {shown}, {labels}; {how}; {generator.provider}, {generator.precision}{relation}"
-    held_out = training.get("held_out")
-    return facts, np.array(held_out, dtype=np.int64) if held_out else None
+        print(f"report in {write_page(args, measured, result, galleries)}")

@@ -1,6 +1,9 @@
-"""How good samples are: a judge trained on the data, distances between sets of images, and the protocol that makes them comparable."""
+"""How good samples are: feature networks, distances between sets of images, the protocol that makes them comparable, the step search."""
 
 from fastcm.evaluation.features import Judge, train_judge
-from fastcm.evaluation.protocol import METRICS, Samples, TrainingJudge, evaluate
+from fastcm.evaluation.halves import TrainingJudge
+from fastcm.evaluation.protocol import METRICS, evaluate
+from fastcm.evaluation.samples import Samples, Stream
+from fastcm.evaluation.self_consistency import self_consistency
 
-__all__ = ["METRICS", "Judge", "Samples", "TrainingJudge", "evaluate", "train_judge"]
+__all__ = ["METRICS", "Judge", "Samples", "Stream", "TrainingJudge", "evaluate", "self_consistency", "train_judge"]

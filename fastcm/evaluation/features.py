@@ -3,21 +3,24 @@
 Figures in these features are comparable only with figures of the same judge on the same data; they are not Inception figures.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcm import kernels
 from fastcm.errors import InputError
+from fastcm.evaluation.extractors import module_sha256
+from fastcm.evaluation.statistics import ordered
+from fastcm.weights.model_folder import read_safetensors, write_safetensors
 
-ORDER_KEY = int.from_bytes(b"judge")  # of the permutations that split data: no seed of training or sampling is as large by accident
 FEATURES, SLOPE = 64, 0.2
 LARGEST_SIDE = 32
-BATCH = 64
+BATCH, BLOCK = 64, 4096
 STEPS, EPOCHS = (400, 2000), 20
 LEARNING_RATE, WEIGHT_DECAY = 4e-3, 1e-2
 ROTATION, LOG_SCALE, SHIFT = 0.1, 0.1, 0.15  # radians, natural logarithm, share of half the side
@@ -61,40 +64,40 @@ class Judge:
     held_out_accuracy: its accuracy on that other half.
     """
 
+    name = "judge"
+    resize = "sides above 32 averaged down to 32"
+
     def __init__(self, network: JudgeNetwork, *, shape: tuple[int, int, int], seed: int, fit: np.ndarray, reference: np.ndarray):
         self.network, self.shape, self.seed = network, shape, seed
         self.fit, self.reference = fit, reference
         self.held_out_accuracy = float("nan")
+        self.description = f"{FEATURES} features of a classifier trained on {len(fit):,} of these images"
+        self.sha256 = module_sha256(network)
+
+    def extract(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the activations of the layer before the class scores, float64 [N, 64], and the scores [N, classes] fp32."""
+        if tuple(images.shape[1:]) != self.shape:
+            raise InputError(f"images of another shape for the judge: {tuple(images.shape[1:])}. The data have {self.shape} (C, H, W).")
+        parts = []
+        with one_thread(), torch.inference_mode():
+            # A fixed batch, the last one filled up, so that the features of an image do not depend on how many are asked for.
+            for start in range(0, len(images), 256):
+                part = images[start : start + 256]
+                inner = self.network.trunk(to_input(np.concatenate([part, np.zeros((256 - len(part), *self.shape), np.uint8)])))
+                parts.append([values[: len(part)].numpy() for values in (inner, self.network.head(inner))])
+        features, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return features.astype(np.float64), scores
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Returns the activations of the layer before the logits, float64 [N, 64]."""
-        return self._map(images, self.network.trunk).astype(np.float64)
+        return self.extract(images)[0]
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Returns the most likely class of each image, int64 [N]."""
-        return self._map(images, self.network).argmax(axis=1)
+        return self.extract(images)[1].argmax(axis=1)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """Returns the share of images recognised as their label."""
         return float(np.mean(self.predict(images) == np.asarray(labels)))
-
-    @torch.inference_mode()
-    def _map(self, images: np.ndarray, function: nn.Module) -> np.ndarray:
-        if tuple(images.shape[1:]) != self.shape:
-            raise InputError(f"images of another shape for the judge: {tuple(images.shape[1:])}. The data have {self.shape} (C, H, W).")
-        with one_thread():
-            # A fixed batch, the last one filled up, so that the features of an image do not depend on how many are asked for.
-            parts = []
-            for start in range(0, len(images), 256):
-                part = images[start : start + 256]
-                filled = np.concatenate([part, np.zeros((256 - len(part), *self.shape), np.uint8)])
-                parts.append(function(to_input(filled))[: len(part)].numpy())
-        return np.concatenate(parts)
-
-
-def ordered(count: int, *, number: int) -> np.ndarray:
-    """Permutation `number` of range(count), int64: fixed for ever, and independent of every seed of training and sampling."""
-    return kernels.permute(np.arange(count), count, seed=ORDER_KEY, epoch=number)
 
 
 def halves(labels: np.ndarray, *, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,10 +107,11 @@ def halves(labels: np.ndarray, *, number: int) -> tuple[np.ndarray, np.ndarray]:
     return order[0::2], order[1::2]
 
 
-def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Judge:
+def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0, cache: Path | None = None) -> Judge:
     """Trains the judge on half of a data set; equal arguments give equal bits on one machine, whatever its number of threads.
 
     images: uint8 [N, C, H, W]. labels: int [N], 0 .. classes-1. The global random state is neither read nor changed.
+    cache: a folder where a trained judge is kept under a name that hashes the data, the seed, the recipe and the version of torch.
     """
     images, labels = np.asarray(images), np.asarray(labels, dtype=np.int64)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
@@ -119,13 +123,40 @@ def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Jud
         raise InputError(f"{what}. It is a classifier: give labels of two classes or more, four images of each on average.")
     fit, reference = (np.sort(half) for half in halves(labels, number=0))
     generator = torch.Generator().manual_seed(seed)
-    inputs = to_input(images[fit])
-    network = initialised(JudgeNetwork, images.shape[1], inputs.shape[-1], classes, generator=generator)
-    with one_thread():
-        fit_network(network, inputs, torch.from_numpy(labels[fit]), generator)
+    side = to_input(np.array(images[:1])).shape[-1]
+    network = initialised(JudgeNetwork, images.shape[1], side, classes, generator=generator)
+    recipe = f"{data_sha256(images, labels)} {seed} {BATCH} {STEPS} {EPOCHS} {LEARNING_RATE} {WEIGHT_DECAY} {SLOPE} {torch.__version__}"
+    path = None if cache is None else Path(cache) / f"judge-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}.safetensors"
+    if not (path is not None and restored(network, path)):
+        inputs = torch.cat([to_input(images[fit[start : start + BLOCK]]) for start in range(0, len(fit), BLOCK)])
+        with one_thread():
+            fit_network(network, inputs, torch.from_numpy(labels[fit]), generator)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, network.state_dict())
     judge = Judge(network.eval().requires_grad_(False), shape=images.shape[1:], seed=seed, fit=fit, reference=reference)
-    judge.held_out_accuracy = judge.accuracy(images[reference], labels[reference])
+    blocks = [reference[start : start + BLOCK] for start in range(0, len(reference), BLOCK)]
+    judge.held_out_accuracy = float(np.mean(np.concatenate([judge.predict(images[rows]) == labels[rows] for rows in blocks])))
     return judge
+
+
+def restored(network: JudgeNetwork, path: Path) -> bool:
+    """Fills the network from a file of the cache; False where there is none or where it is damaged (it is then made again)."""
+    try:
+        network.load_state_dict(read_safetensors(path))
+    except (InputError, RuntimeError):
+        return False
+    return True
+
+
+def data_sha256(images: np.ndarray, labels: np.ndarray | None, rows: np.ndarray | None = None) -> str:
+    """sha256 of the pixels [N, C, H, W] uint8, then the labels as little-endian int64; of `rows` alone where given."""
+    state, rows = hashlib.sha256(), np.arange(len(images)) if rows is None else rows
+    for start in range(0, len(rows), BLOCK):
+        state.update(np.ascontiguousarray(images[rows[start : start + BLOCK]]))
+    if labels is not None:
+        state.update(np.asarray(labels)[rows].astype("<i8").tobytes())
+    return state.hexdigest()
 
 
 def fit_network(network: JudgeNetwork, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> None:

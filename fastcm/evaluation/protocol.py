@@ -1,212 +1,211 @@
-"""The protocol of an evaluation: which images are compared with which, in what counts and how often; all its figures come from here.
+"""The protocol of an evaluation: which images are compared with which, in which features and counts; its figures come from here."""
 
-Half B of the data is what the judge never saw. Over fixed splits of B into B1 and B2, the real figure compares B1 with B2, and the figure
-of a set of samples compares G with B2, where G has as many images as B1 and, if labels are known, as many of each class. A perfect
-generator has the real figure in expectation, whatever the count. "fd" splits B at random, "fd_balanced" into equal shares of each class,
-which takes the chance of the class counts out of both sides. Samples without labels bring class counts of their own: less varied ones
-than a random half if they come from a class-balanced file, which flatters "fd"; more varied ones than a balanced half, which "fd_balanced"
-counts against them.
-"""
-
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fastcm.errors import InputError, nearest
-from fastcm.evaluation.features import FEATURES, Judge, halves, ordered, train_judge
-from fastcm.evaluation.metrics import copy_check, frechet, kernel_distance, precision_recall
+from fastcm.evaluation import halves
+from fastcm.evaluation.collectors import BOOTSTRAPS, MANIFOLD_ROWS, Collector, Distances, Diversity, Gallery, Neighbours, Recognition
+from fastcm.evaluation.extractors import Extractor
+from fastcm.evaluation.features import Judge, data_sha256, train_judge
+from fastcm.evaluation.metrics import nearest_distances
+from fastcm.evaluation.reference import Reference, compute_reference
+from fastcm.evaluation.samples import Samples, check_shape
+from fastcm.evaluation.statistics import ordered
 
-METRICS = ("accuracy", "fd", "kid", "precision", "recall", "neighbours")
-SPLITS = 20
-NEIGHBOUR_LIMIT = 2000  # rows of a split that KID, precision and recall use: they need N x N matrices
+# By default; lpips needs weights and consistency a model, so they are added where those are given.
+METRICS = ("accuracy", "fd", "fid", "kid", "is", "precision", "recall", "neighbours")
+ALL_METRICS = (*METRICS, "lpips", "consistency")
+JUDGE_METRICS, FEATURE_METRICS = {"accuracy", "fd"}, {"fid", "kid", "is", "precision", "recall"}
+ROW_METRICS = {"kid", "precision", "recall"}
+REAL_NEIGHBOURS = 2000  # real images whose nearest training image is looked up, at most
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
-    """A set of generated images: uint8 [N, C, H, W], the labels they were asked for, int64 [N] or None, and how they were made."""
+class World:
+    """What samples are measured against: the data, the feature networks, and what was computed of the data once for all sets."""
 
-    name: str
-    images: np.ndarray
-    labels: np.ndarray | None = None
-    nfe: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What the judge makes of a set of images: float64 [N, D], with their labels, int64 [N] or None."""
-
-    values: np.ndarray
-    labels: np.ndarray | None
+    metrics: Sequence[str]
+    extractor: Extractor | None = None
+    judge: Judge | None = None
+    reference: Reference | None = None
+    halving: halves.Features | None = None
+    training: np.ndarray | None = None
+    real_neighbours: np.ndarray | None = None
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None
+    protocol: dict = field(default_factory=dict)
 
 
 def evaluate(
     sets: Sequence[Samples],
-    images: np.ndarray,
+    images: np.ndarray | None,
     labels: np.ndarray | None,
     *,
     judge: Judge | None = None,
+    extractor: Extractor | None = None,
+    reference: Reference | None = None,
     metrics: Sequence[str] = METRICS,
     held_out: np.ndarray | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cache: Path | None = None,
+    galleries: dict[str, tuple[Gallery, Neighbours | None]] | None = None,
 ) -> dict:
     """Returns {"protocol": ..., "real": figures, "sets": [figures of each set]}, ready for JSON.
 
-    images, labels: the data set, uint8 [N, C, H, W] and int [N]; labels may be None for the metric "neighbours" alone.
-    judge: from `train_judge(images, labels)`; trained here where absent. held_out: rows that the generator was not trained on.
-    Raises InputError for unknown metrics, other shapes, missing labels, too few samples.
+    images, labels: the data set, uint8 [N, C, H, W] and int [N]; labels may be None for metrics without the judge; both are None where
+    `reference` holds statistics alone. extractor: whose features fid, kid, is, precision and recall use; the judge's where not given.
+    judge: from `train_judge(images, labels)`; trained here where absent and needed. held_out: rows that the generator was not trained on.
+    cache: a folder for reference statistics. galleries: filled with images to show, by the name of the set.
+    Raises InputError for unknown metrics, other shapes, missing labels, too few samples, features that are not finite.
     """
-    check_metrics(metrics, labels)
+    check_metrics(metrics, labels, features=None if extractor is None else extractor.name, statistics=images is None, lpips=lpips)
     for samples in sets:
-        check_shape(samples.name, samples.images.shape[1:], images)
-    rows = [{"name": s.name, "count": len(s.images), "nfe": s.nfe} for s in sets]
+        if images is not None:
+            check_shape(samples.name, samples.images.shape[1:], images.shape[1:])
+    options = {"judge": judge, "extractor": extractor, "reference": reference, "held_out": held_out, "lpips": lpips, "cache": cache}
+    return figures(sets, prepare(images, labels, metrics=metrics, **options), galleries=galleries)
+
+
+def figures(sets: Sequence[Samples], world: World, *, galleries: dict | None = None) -> dict:
+    """What `evaluate` returns, against a world that `prepare` made."""
+    metrics = world.metrics
+    rows = [measure(samples, world, galleries) for samples in sets]
     real: dict = {"name": "real"}
-    protocol: dict = {"data_count": len(images), "data_sha256": digest(images, labels)}
-    if set(metrics) != {"neighbours"}:
-        judge = judge if judge is not None else train_judge(images, labels)
-        protocol |= describe(judge, images, labels)
-        real |= {"count": len(judge.reference), "accuracy": judge.held_out_accuracy}
-        reference = Features(judge.features(images[judge.reference]), np.asarray(labels)[judge.reference])
-        for row, samples in zip(rows, sets, strict=True):
-            measure(samples, row, judge=judge, reference=reference, metrics=metrics)
+    if world.judge is not None:
+        real |= {"count": len(world.judge.reference), "accuracy": world.judge.held_out_accuracy}
         real |= {name: value["real"] for name, value in rows[0].items() if isinstance(value, dict) and "real" in value}
+    if "neighbours" in metrics:
+        real["neighbours"] = {key: rows[0]["neighbours"][f"real_{key}"] for key in ("median", "p1")}
+    return {"protocol": world.protocol, "real": real, "sets": rows}
+
+
+def check_metrics(
+    metrics: Sequence[str], labels: np.ndarray | None, *, features: str | None = None, statistics: bool = False, lpips: object = ""
+) -> None:
+    """Refuses unknown metrics, and those that the data have no labels or images for. features: of another network than the judge."""
+    for metric in metrics:
+        if metric not in ALL_METRICS:
+            raise InputError(f"unknown metric in --metrics: {metric}. Choose from {', '.join(ALL_METRICS)}.{nearest(metric, ALL_METRICS)}")
+    if not metrics:
+        raise InputError(f"no metric in --metrics: []. Choose from {', '.join(ALL_METRICS)}.")
+    wanted = ",".join(metrics)
+    if statistics and (JUDGE_METRICS | ROW_METRICS | {"neighbours", "consistency"}) & set(metrics):
+        raise InputError(f"a file of statistics with --metrics {wanted}: it serves fid alone. Give --data, or pass --metrics fid.")
+    judged = JUDGE_METRICS | (FEATURE_METRICS if features is None else set())
+    if not statistics and labels is None and judged & set(metrics):
+        raise InputError(
+            f"unlabelled data with --metrics {wanted}: the features are those of a classifier of the data. "
+            "Give one sub-folder per class or an .npz with arr_1, or pass --features inception, or --metrics neighbours."
+        )
+    if "lpips" in metrics and lpips is None:
+        raise InputError("no weights for --metrics lpips: the option --lpips-weights is missing. Give it, or leave lpips out.")
+
+
+def prepare(
+    images: np.ndarray | None,
+    labels: np.ndarray | None,
+    *,
+    metrics: Sequence[str] = METRICS,
+    judge: Judge | None = None,
+    extractor: Extractor | None = None,
+    reference: Reference | None = None,
+    held_out: np.ndarray | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cache: Path | None = None,
+) -> World:
+    """Trains the judge where it is needed and computes the reference, once for all sets; arguments as in `evaluate`."""
+    protocol: dict = {"metrics": list(metrics), "rounding": "uint8: (x + 1) 127.5, clamped, half to even"}
+    if images is not None:
+        protocol |= {"data_count": len(images), "data_sha256": data_sha256(images, labels)}
+    parts: dict = {}
+    if JUDGE_METRICS & set(metrics) or (FEATURE_METRICS & set(metrics) and extractor is None):
+        judge = judge if judge is not None else train_judge(images, labels, cache=cache)
+        protocol |= {"judge_seed": judge.seed, "judge_held_out_accuracy": judge.held_out_accuracy, "judge_sha256": judge.sha256}
+        protocol["halvings"] = halves.SPLITS
+        parts["judge"] = judge
+    if (FEATURE_METRICS | {"fd"}) & set(metrics):
+        extractor = extractor if extractor is not None else judge
+        judged = extractor is judge
+        rows = judge.reference if judged else np.arange(0 if images is None else len(images))
+        if reference is None:
+            reference = compute_reference(extractor, images, rows, data_sha256=protocol["data_sha256"], cache=cache)
+        parts |= {"extractor": extractor, "reference": reference}
+        if "fd" in metrics or judged:
+            whole = reference if judged else compute_reference(
+                judge, images, judge.reference, data_sha256=protocol["data_sha256"], cache=cache
+            )  # fmt: skip
+            kept = judge.reference[ordered(len(judge.reference), number=0) < len(whole.values)]
+            parts["halving"] = halves.Features(whole.values, np.asarray(labels)[kept])
+        protocol |= describe_features(extractor, reference, images, labels, rows, judged=judged)
     if "neighbours" in metrics:
         seen = np.ones(len(images), bool)
         seen[[] if held_out is None else held_out] = False
-        for row, samples in zip(rows, sets, strict=True):
-            row["neighbours"] = copy_check(samples.images, images[seen], images[~seen])
-        real["neighbours"] = {key: rows[0]["neighbours"][f"real_{key}"] for key in ("median", "p1")}
-        protocol["neighbours_real"] = rows[0]["neighbours"]["real_images"]
-    return {"protocol": protocol, "real": real, "sets": rows}
+        parts["training"], parts["real_neighbours"], protocol["neighbours_real"] = real_neighbours(images, seen)
+    if "lpips" in metrics:
+        parts["lpips"] = lpips
+    return World(metrics=tuple(metrics), protocol=protocol, **parts)
 
 
-def check_metrics(metrics: Sequence[str], labels: np.ndarray | None) -> None:
-    """Refuses unknown metrics, and those that the data have no labels for."""
-    for metric in metrics:
-        if metric not in METRICS:
-            raise InputError(f"unknown metric in --metrics: {metric}. Choose from {', '.join(METRICS)}.{nearest(metric, METRICS)}")
-    if not metrics:
-        raise InputError(f"no metric in --metrics: []. Choose from {', '.join(METRICS)}.")
-    if labels is None and set(metrics) != {"neighbours"}:
-        raise InputError(
-            f"unlabelled data with --metrics {','.join(metrics)}: the features are those of a classifier of the data. "
-            "Give one sub-folder per class or an .npz with arr_1, or pass --metrics neighbours."
-        )
+def describe_features(extractor: Extractor, reference: Reference, images, labels, rows: np.ndarray, *, judged: bool) -> dict:
+    """What a reader needs to make the same distances again."""
+    facts = {
+        "features_name": extractor.name, "features": extractor.description, "features_sha256": extractor.sha256, "resize": extractor.resize,
+        "bootstraps": BOOTSTRAPS, "manifold_k": 3, "manifold_rows": MANIFOLD_ROWS, "reference_count": reference.count,
+    }  # fmt: skip
+    if images is None or reference.values is None:
+        return {**facts, "reference": "statistics from a file", "reference_sha256": reference.sha256}
+    what = "the images that the judge was not trained on" if judged else "all images of the data"
+    return {**facts, "reference": what, "reference_sha256": data_sha256(images, labels, rows)}
 
 
-def check_shape(name: str, shape: Sequence[int], images: np.ndarray) -> None:
-    """Refuses samples of another (C, H, W) than the data's."""
-    if tuple(shape) != images.shape[1:]:
-        shapes = f"{list(shape)} for {list(images.shape[1:])} (channels, height, width)"
-        raise InputError(f"images of another shape than --data in {name}: {shapes}. Give data of their size and channels.")
+def real_neighbours(images: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """(training images, distances of real images to the nearest of them, which real images), by rows that training has seen.
 
-
-def measure(samples: Samples, row: dict, *, judge: Judge, reference: Features, metrics: Sequence[str]) -> None:
-    """Adds the figures in the judge's features to the row of a set."""
-    if "accuracy" in metrics and samples.labels is not None:
-        right = judge.predict(samples.images) == samples.labels
-        row["accuracy"] = float(right.mean())
-        row["accuracy_by_class"] = {int(c): float(right[samples.labels == c].mean()) for c in np.unique(samples.labels)}
-    if {"fd", "kid", "precision", "recall"} & set(metrics):
-        generated = Features(judge.features(samples.images), samples.labels)
-        row |= over_splits(generated, reference, metrics=metrics, balanced=False)
-        if "fd" in metrics:
-            row["fd_balanced"] = over_splits(generated, reference, metrics=("fd",), balanced=True)["fd"]
-            row["fd_all"] = frechet(generated.values, reference.values)
-
-
-def over_splits(generated: Features, reference: Features, *, metrics: Sequence[str], balanced: bool) -> dict:
-    """Returns for each metric its mean and standard deviation over the splits, {"mean", "std", "real": {"mean", "std"}, "n"[, "ratio"]}."""
-    figures: list[dict] = []
-    real: list[dict] = []
-    for number in range(1, SPLITS + 1):
-        order = ordered(len(reference.values), number=number)
-        first, second = halves(reference.labels, number=number) if balanced else np.array_split(order, 2)
-        kept, drawn = paired(reference.labels[first], generated.labels, ordered(len(generated.values), number=number))
-        other = reference.values[second]
-        real.append(compare(reference.values[first[kept]], other, metrics=metrics))
-        figures.append(compare(generated.values[drawn], other, metrics=metrics))
-    result = {}
-    for name in figures[0]:
-        result[name] = {**spread([f[name] for f in figures]), "real": spread([r[name] for r in real]), "n": len(drawn)}
-        if name == "fd":
-            result[name]["ratio"] = result[name]["mean"] / max(result[name]["real"]["mean"], 1e-12)
-    return result
-
-
-def paired(wanted: np.ndarray, labels: np.ndarray | None, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Picks rows of both sides with equal counts, class by class: (rows of `wanted`, rows of the samples, taken in `order`).
-
-    wanted: labels of the real half. labels: of the samples; None pairs by total count alone.
+    The real images are those held out from training or, where there are none, training images against the others (leave-one-out).
     """
-    if labels is None:
-        count = min(len(wanted), len(order))
-        return np.arange(count), order[:count]
-    kept, drawn = [], []
-    for label in np.unique(wanted):
-        real, generated = np.flatnonzero(wanted == label), order[labels[order] == label]
-        count = min(len(real), len(generated))
-        kept.append(real[:count])
-        drawn.append(generated[:count])
-    return np.concatenate(kept), np.concatenate(drawn)
+    if not seen.all():
+        training, held_out = images[seen], images[~seen][:REAL_NEIGHBOURS]
+        return training, nearest_distances(held_out, training)[0], "held-out images"
+    rows = np.flatnonzero(ordered(len(images), number=0) < REAL_NEIGHBOURS)
+    return images, nearest_distances(images[rows], images, own=rows)[0], "training images, leave-one-out"
 
 
-def compare(a: np.ndarray, b: np.ndarray, *, metrics: Sequence[str]) -> dict[str, float]:
-    """The figures of features `a` against real features `b`."""
-    figures = {"fd": frechet(a, b)} if "fd" in metrics else {}
-    few_a, few_b = a[:NEIGHBOUR_LIMIT], b[:NEIGHBOUR_LIMIT]
-    if "kid" in metrics:
-        figures["kid"] = kernel_distance(few_a, few_b)
-    if {"precision", "recall"} & set(metrics):
-        both = dict(zip(("precision", "recall"), precision_recall(few_b, few_a), strict=True))
-        figures |= {name: value for name, value in both.items() if name in metrics}
-    return figures
+def measure(samples: Samples, world: World, galleries: dict | None = None) -> dict:
+    """The figures of one set, in one pass over its images."""
+    wanted, collectors = set(world.metrics), []
+    if "accuracy" in wanted and samples.labels is not None:
+        collectors.append(Recognition(samples, world.judge))
+    if world.extractor is not None:
+        judged = world.extractor is world.judge
+        names = [name for name in world.metrics if judged or name != "fd"]
+        collectors.append(Distances(samples, world.extractor.name, world.reference, names, halving=world.halving if judged else None))
+        if "fd" in wanted and not judged:
+            collectors.append(Distances(samples, world.judge.name, world.reference, ("fd",), halving=world.halving))
+    near = Neighbours(samples, world.training, world.real_neighbours) if "neighbours" in wanted else None
+    collectors += [near] if near is not None else []
+    collectors += [Diversity(samples, world.lpips)] if "lpips" in wanted else []
+    if galleries is not None:
+        galleries[samples.name] = (gallery := Gallery(samples), near)
+        collectors.append(gallery)
+    listen(samples, [e for e in (world.judge, world.extractor) if e is not None], collectors)
+    row: dict = {"name": samples.name, "count": len(samples.images), "nfe": samples.nfe}
+    for collector in collectors:
+        row |= collector.figures()
+    return row
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
-
-
-def describe(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict:
-    """What a reader needs to make the same figures again."""
-    return {
-        "features": f"{FEATURES} features of a classifier trained on {len(judge.fit):,} of these images",
-        "judge_seed": judge.seed,
-        "judge_held_out_accuracy": judge.held_out_accuracy,
-        "reference": "the images that the judge was not trained on",
-        "reference_count": len(judge.reference),
-        "reference_sha256": digest(images[judge.reference], np.asarray(labels)[judge.reference]),
-        "halvings": SPLITS,
-    }
-
-
-def digest(images: np.ndarray, labels: np.ndarray | None) -> str:
-    """sha256 of the pixels [N, C, H, W] uint8, then the labels as little-endian int64."""
-    state = hashlib.sha256()
-    for start in range(0, len(images), 4096):
-        state.update(np.ascontiguousarray(images[start : start + 4096]))
-    if labels is not None:
-        state.update(np.asarray(labels).astype("<i8").tobytes())
-    return state.hexdigest()
-
-
-class TrainingJudge:
-    """The cheap evaluation during training: one judge and one set of reference features for the whole run."""
-
-    # Their own seeds: the model that is kept is chosen by them, so published figures must come from others.
-    FIRST_SEED, LARGEST = 200_000, 1000
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.judge = train_judge(images, labels)
-        rows = self.judge.reference
-        self.reference = Features(self.judge.features(images[rows]), np.asarray(labels)[rows])
-
-    def figures(self, draw: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> dict[str, float]:
-        """draw(seeds, labels) -> uint8 [N, H, W, C]. Returns accuracy, fd, fd_ratio and score, the balanced ratio (lower is better)."""
-        seeds = np.arange(self.FIRST_SEED, self.FIRST_SEED + min(len(self.reference.values), self.LARGEST))
-        labels = seeds % self.judge.network.head.out_features
-        images = draw(seeds, labels).transpose(0, 3, 1, 2)
-        generated = Features(self.judge.features(images), labels)
-        plain, balanced = (over_splits(generated, self.reference, metrics=("fd",), balanced=kind)["fd"] for kind in (False, True))
-        accuracy = self.judge.accuracy(images, labels)
-        return {"accuracy": accuracy, "fd": plain["mean"], "fd_ratio": plain["ratio"], "score": balanced["ratio"]}
+def listen(samples: Samples, extractors: Sequence[Extractor], collectors: Sequence[Collector]) -> None:
+    """Feeds every block of the samples, and its features, to the collectors."""
+    start = 0
+    for block in samples.blocks():
+        outputs = {}
+        for extractor in extractors:
+            if extractor.name not in outputs:
+                outputs[extractor.name] = extractor.extract(block)
+        for collector in collectors:
+            collector.add(start, block, outputs)
+        start += len(block)

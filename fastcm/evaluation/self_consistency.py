@@ -1,4 +1,4 @@
-"""Self-consistency: how far a consistency function moves along one trajectory, where it should not move at all (Song et al. 2023, eq. 2)."""
+"""Self-consistency: how far a consistency function moves along one trajectory, where it should not move (Song et al. 2023, eq. 2)."""
 
 import torch
 from torch import Tensor
@@ -59,3 +59,10 @@ def distances_along_paths(
         for module, mode in modes:
             module.train(mode)
     return torch.stack(found, dim=1)
+
+
+def consistency_figures(denoiser: Denoiser, images: Tensor, *, labels: Tensor | None, seed: int, teacher: Denoiser | None) -> dict:
+    """Self-consistency with its error bar (the bootstrap deviation of a mean over images), ready for JSON."""
+    per_image = distances_along_paths(denoiser, images, labels=labels, seed=seed, teacher=teacher).mean(dim=1)
+    error = float(per_image.std()) / len(per_image) ** 0.5 if len(per_image) > 1 else 0.0
+    return {"mean": float(per_image.mean()), "std": error, "n": len(per_image), "path": PATHS[teacher is not None], "seed": seed}
