@@ -22,6 +22,12 @@ def test_digits():
     assert digits.fingerprint == "6abea18476e82fab3bb519833f37b97f7a273533541e265ba9086e2abffb8087"
 
 
+def test_emoji():
+    emoji = open_dataset("emoji32")
+    assert (len(emoji), emoji.channels, emoji.resolution, emoji.labels, emoji.class_names) == (1432, 3, 32, None, None)
+    assert len({image.tobytes() for image in emoji.images}) == 1432 and (emoji.images[:, :, 0, 0] == 255).all()
+
+
 @pytest.mark.slow
 def test_digits_are_the_real_ones():
     from sklearn.datasets import load_digits

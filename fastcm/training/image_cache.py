@@ -1,15 +1,18 @@
-"""Decoded pictures on disk: one folder per data set and resolution, complete or absent, memory-mapped when opened.
+"""Decoded pictures on disk: one folder per content and resolution, complete or absent, memory-mapped when opened.
 
 An entry holds `images.bin` (raw uint8 [N, C, H, W]), `labels.npy`, `bad_images.txt` (only if files were skipped) and, written
-last, `manifest.json`. It is built under a temporary name and renamed into place, so that a killed run leaves nothing half-made.
+last, `manifest.json`. It is built under another name and renamed into place, so that no reader sees it half-made. Beside the entries,
+`opened/` remembers which entry a source had when it was last opened, and the sizes and times of its files then: where those still
+stand, the source is not listed again.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,9 @@ import numpy as np
 
 from fastcm.errors import InputError, RunError
 
-VERSION = 1
+VERSION = 2
+WATCHED_FILES = 20_000  # of a folder with more pictures, so many are looked at when it is opened again, evenly spaced
+SPARED = 0.1  # the share of the free disk space that a cache leaves
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
 
 
 def entry_key(parts: Iterable[object]) -> str:
-    """The key of an entry: a hash of everything that decides its pixels (names, sizes, modification times, resolution)."""
+    """The key of an entry: a hash of everything that decides its pixels and labels (names, sizes, times, some contents, resolution)."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     for part in parts:
         digest.update(f"\0{part}".encode("utf-8", "surrogateescape"))
@@ -52,64 +57,95 @@ def open_entry(entry: Path) -> Entry | None:
         if manifest["version"] != VERSION or (entry / "images.bin").stat().st_size != int(np.prod(shape)):
             return None
         images = np.memmap(entry / "images.bin", dtype=np.uint8, mode="r", shape=shape)
-        labels = np.load(entry / "labels.npy", allow_pickle=False) if manifest["labelled"] else None
+        labels = np.load(entry / "labels.npy", allow_pickle=False, mmap_mode="r") if manifest["labelled"] else None
         bad = tuple((entry / "bad_images.txt").read_text(encoding="utf-8").splitlines()) if manifest["bad"] else ()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Entry(images, labels, tuple(manifest["classes"]) if manifest["classes"] else None, manifest["fingerprint"], bad)
 
 
-Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
+def gather(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The rows [B] of pictures uint8 [N, C, H, W] as a new array.
+
+    From a memory-map they are read, not mapped: one read per picture instead of a fault per page, and no pages of the file stay in this
+    process, whose memory so does not grow with the data set.
+    """
+    mapped = images
+    while isinstance(mapped, np.ndarray) and isinstance(mapped.base, np.ndarray):
+        mapped = mapped.base
+    if not isinstance(mapped, np.memmap) or not isinstance(images, np.memmap) or not images[0].flags.c_contiguous:
+        return np.ascontiguousarray(images[rows])
+    pixels = np.empty((len(rows), *images.shape[1:]), np.uint8)
+    first, stride = images.ctypes.data - mapped.ctypes.data, images.strides[0]
+    try:
+        descriptor = os.open(mapped.filename, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # removed meanwhile: the map still holds it
+        return np.ascontiguousarray(images[rows])
+    try:
+        for place in np.argsort(rows, kind="stable"):
+            if os.preadv(descriptor, [pixels[place]], first + int(rows[place]) * stride) != pixels[place].nbytes:
+                raise RunError(f"the image cache was cut short while it was used: {mapped.filename}. Run the same command again.")
+    finally:
+        os.close(descriptor)
+    return pixels
+
+
+Blocks = Iterable[np.ndarray]
 
 
 def build_entry(
-    entry: Path,
-    blocks: Callable[[list[str]], Blocks],
-    *,
-    shape: tuple[int, int, int, int],
-    labels: np.ndarray | None,
-    class_names: tuple[str, ...] | None,
+    entry: Path, blocks: Blocks, *, shape: tuple[int, int, int, int], labels: np.ndarray | None, class_names: tuple[str, ...] | None
 ) -> Entry:
-    """Writes an entry and opens it.
-
-    `blocks(bad)` yields (rows int64 [n], pixels uint8 [n, C, H, W]) in order and appends a line to `bad` for each row that it
-    leaves out. `shape` is that of the whole with no row left out; labels are int64 [N] over the same rows.
-    """
-    temporary = _temporary_beside(entry, int(np.prod(shape)))
+    """Writes pixels that come in order, uint8 [n, C, H, W] blocks of `shape` in all, as an entry, and opens it."""
+    make_folder(entry.parent)
+    needed_bytes = int(np.prod(shape))
+    if not has_room(entry.parent, needed_bytes):
+        free_mb = shutil.disk_usage(entry.parent).free / 1e6
+        raise RunError(
+            f"no room for the image cache: {entry.parent} has {free_mb:.0f} MB free, {needed_bytes / 1e6:.0f} MB are needed. "
+            "Set FASTCM_CACHE to another folder."
+        )
+    temporary = None
     try:
-        digest, kept, bad = hashlib.sha256(), [], []
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
+        digest = hashlib.sha256()
         with open(temporary / "images.bin", "wb") as file:
-            for rows, pixels in blocks(bad):
+            for pixels in blocks:
                 data = np.ascontiguousarray(pixels)
                 file.write(data)
                 digest.update(data)
-                kept.append(rows)
-            _flush_to_disk(file)
-        kept = np.concatenate(kept)
-        if labels is not None:
-            labels = labels[kept]
-            _write(temporary / "labels.npy", lambda file: np.save(file, labels))
-        if bad:
-            _write(temporary / "bad_images.txt", lambda file: file.write("".join(f"{line}\n" for line in bad).encode("utf-8", "replace")))
-        shape = (len(kept), *shape[1:])
-        manifest = {
-            "version": VERSION,
-            "shape": shape,
-            "labelled": labels is not None,
-            "classes": class_names,
-            "bad": len(bad),
-            "fingerprint": fingerprint(digest, shape, labels, class_names),
-        }
-        _write(temporary / "manifest.json", lambda file: file.write(json.dumps(manifest).encode()))
-        _publish(temporary, entry)
+        finish(temporary, digest, shape=shape, labels=labels, class_names=class_names, bad=[])
+        publish(temporary, entry)
     except OSError as error:
-        raise RunError(f"cannot write the image cache: {entry} ({error}). Make room, or set FASTCM_CACHE to another folder.") from error
+        raise cannot_write(entry, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     opened = open_entry(entry)
     if opened is None:
         raise RunError(f"the image cache cannot be read back: {entry}. Remove it and run again.")
     return opened
+
+
+def finish(
+    folder: Path, digest, *, shape: tuple[int, ...], labels: np.ndarray | None, class_names: tuple[str, ...] | None, bad: Sequence[str]
+) -> None:
+    """Adds labels, the list of bad pictures and the manifest to a folder whose images.bin is whole. digest: sha256 of its bytes so far."""
+    with open(folder / "images.bin", "rb") as file:
+        os.fsync(file.fileno())
+    if labels is not None:
+        _write(folder / "labels.npy", lambda file: np.save(file, labels))
+    if bad:
+        _write(folder / "bad_images.txt", lambda file: file.write("".join(f"{line}\n" for line in bad).encode("utf-8", "replace")))
+    manifest = {
+        "version": VERSION,
+        "shape": shape,
+        "labelled": labels is not None,
+        "classes": class_names,
+        "bad": len(bad),
+        "fingerprint": fingerprint(digest, shape, labels, class_names),
+    }
+    _write(folder / "manifest.json", lambda file: file.write(json.dumps(manifest).encode()))
 
 
 def fingerprint(digest, shape: tuple[int, ...], labels: np.ndarray | None, class_names: tuple[str, ...] | None) -> str:
@@ -120,33 +156,78 @@ def fingerprint(digest, shape: tuple[int, ...], labels: np.ndarray | None, class
     return digest.hexdigest()
 
 
-def _temporary_beside(entry: Path, needed_bytes: int) -> Path:
-    """A new folder on the entry's file system, once it is known to have the room."""
+def has_room(folder: Path, needed_bytes: int) -> bool:
+    """Whether the disk would keep SPARED of its free space. `folder` need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return needed_bytes <= (1 - SPARED) * shutil.disk_usage(folder).free
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError where it cannot be made or written."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(entry.parent).free
-        if free_bytes < needed_bytes:
-            raise RunError(
-                f"no room for the image cache: {entry.parent} has {free_bytes / 1e6:.0f} MB free, {needed_bytes / 1e6:.0f} MB are needed. "
-                "Set FASTCM_CACHE to another folder."
-            )
-        return Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "not writable")
     except OSError as error:
-        raise InputError(f"cannot write the image cache: {entry.parent} ({error.strerror}). Set FASTCM_CACHE to another folder.") from error
+        raise InputError(f"cannot write the image cache: {folder} ({error.strerror}). Set FASTCM_CACHE to another folder.") from error
+
+
+def cannot_write(entry: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write the image cache: {entry} ({error}). Make room, or set FASTCM_CACHE to another folder.")
+
+
+Stamp = list  # [path, size, modification time in ns] of a watched file or folder
+
+
+def stamps(paths: Iterable[str]) -> list[Stamp]:
+    """What the files and folders look like now; a folder has size 0, what is missing -1."""
+    return [_stamp(path) for path in paths]
+
+
+def _stamp(path: str) -> Stamp:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [path, -1, -1]
+    return [path, 0 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime_ns]
+
+
+def remember(cache: Path, source: str, entry: str, watched: list[Stamp]) -> None:
+    """Notes that `source` (a key of path and options) is the entry of that name while what is watched stays as it is."""
+    record = {"version": VERSION, "entry": entry, "watched": watched}
+    folder = cache / "opened"
+    try:
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".tmp-{os.getpid()}-{source}"
+        temporary.write_text(json.dumps(record), encoding="ascii")
+        os.replace(temporary, folder / f"{source}.json")
+    except OSError:
+        pass  # the source is listed again next time
+
+
+def recall(cache: Path, source: str) -> tuple[str | None, str | None]:
+    """(entry, None) of a source that has not changed; (None, path) where that file or folder has; (None, None) for one never opened."""
+    try:
+        record = json.loads((cache / "opened" / f"{source}.json").read_text(encoding="ascii"))
+        if record["version"] != VERSION:
+            return None, None
+        for known in record["watched"]:
+            if known != _stamp(known[0]):
+                return None, known[0]
+        return str(record["entry"]), None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 def _write(path: Path, write: Callable) -> None:
     with open(path, "wb") as file:
         write(file)
-        _flush_to_disk(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _flush_to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _publish(temporary: Path, entry: Path) -> None:
+def publish(temporary: Path, entry: Path) -> None:
     """Renames the finished folder into place. Another process that was faster wins: both made the same pixels."""
     os.chmod(temporary, 0o755)
     if entry.exists() and open_entry(entry) is None:

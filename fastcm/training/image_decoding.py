@@ -10,7 +10,10 @@ The rule, in this order:
    the short side is at least twice the resolution, resize the short side to the resolution (bicubic), cut the centre square.
 """
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +29,14 @@ class BadImageError(Exception):
     """A file that is not a readable picture; the text says why, without the file's name."""
 
 
+class OtherSizeError(Exception):
+    """A picture of another size than all are expected to have; `size` is (width, height)."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__(f"{size[0]}x{size[1]}")
+        self.size = size
+
+
 class Header(NamedTuple):
     """What a file says about itself before its pixels are decoded; width and height in pixels, before EXIF orientation."""
 
@@ -34,30 +45,41 @@ class Header(NamedTuple):
     is_grey: bool
 
 
-def read_header(path: Path) -> Header:
-    """Reads size and mode without decoding. Raises BadImageError, also for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+def read_header(picture: Path | bytes) -> Header:
+    """Reads size and mode of a file, or of a file's bytes, without decoding.
 
-    Not for threads: it turns Pillow's bomb warning into an error by the process-wide warning filters.
+    Raises BadImageError, also for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`. Not for threads, like `decode`: Pillow's bomb warning
+    becomes an error by the process-wide warning filters.
     """
+    with _opened(picture) as image:
+        return Header(*image.size, image.mode in GREY_MODES)
+
+
+def decode(picture: Path | bytes, *, resolution: int, grey: bool, exact: bool = False) -> np.ndarray:
+    """Returns a file, or a file's bytes, as uint8 [C, resolution, resolution], C = 1 if `grey` else 3.
+
+    exact: raise OtherSizeError instead of cropping and resizing. Raises BadImageError.
+    """
+    with _opened(picture) as image:
+        if exact and image.size != (resolution, resolution):
+            raise OtherSizeError(image.size)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_pixels(eight_bits(image, grey=grey), resolution=resolution)
+
+
+@contextmanager
+def _opened(picture: Path | bytes) -> Iterator[Image.Image]:
+    """The picture, whatever goes wrong with it turned into BadImageError."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as image:
-                return Header(*image.size, image.mode in GREY_MODES)
+            with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as image:
+                yield image
+        except (BadImageError, OtherSizeError):
+            raise
         except Exception as error:  # hostile files make Pillow raise nearly anything: struct.error, SyntaxError, IndexError
-            raise BadImageError(_reason(path, error)) from error
-
-
-def decode(path: Path, *, resolution: int, grey: bool) -> np.ndarray:
-    """Returns the picture as uint8 [C, resolution, resolution], C = 1 if `grey` else 3. Raises BadImageError."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return to_pixels(eight_bits(ImageOps.exif_transpose(image), grey=grey), resolution=resolution)
-    except BadImageError:
-        raise
-    except Exception as error:  # as in read_header
-        raise BadImageError(_reason(path, error)) from error
+            raise BadImageError(_reason(picture, error)) from error
 
 
 def eight_bits(image: Image.Image, *, grey: bool) -> Image.Image:
@@ -70,7 +92,8 @@ def eight_bits(image: Image.Image, *, grey: bool) -> Image.Image:
     elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("L" if grey else "RGB")
+    mode = "L" if grey else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
@@ -78,16 +101,17 @@ def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(picture: Path | bytes, error: Exception) -> str:
     """Pillow's message in the words of somebody who looks for the broken file."""
     try:
-        if path.stat().st_size == 0:
+        if (len(picture) if isinstance(picture, bytes) else picture.stat().st_size) == 0:
             return "the file is empty (0 bytes)"
     except OSError as problem:
         return problem.strerror or str(problem)

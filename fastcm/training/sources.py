@@ -1,141 +1,252 @@
-"""What a data source holds before any pixel is decoded: the files of a folder, the arrays of an `.npz`."""
+"""What a source of pictures holds before any pixel is decoded: the files of a folder, the members of a zip, the samples of tar shards."""
 
+import hashlib
 import os
+import re
+import stat
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
-import numpy as np
+from fastcm.errors import InputError, nearest
+from fastcm.training import cifar, labels, tar_shards
+from fastcm.training.image_decoding import EXTENSIONS, BadImageError
+from fastcm.training.labels import LABEL_FILES, MAX_CLASSES, Classes
+from fastcm.training.picture_files import ChangedError, Span, read_span
 
-from fastcm.errors import InputError
-from fastcm.training.image_decoding import EXTENSIONS
-
-IMAGE_LAYOUT = "uint8 [N, H, W, C] with C = 1 or 3, or [N, H, W]"
+BUILT_IN = ("digits", "emoji32")
+HASHED_PICTURES = 64
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of a folder in their fixed order (by class, then by path). labels: int64 [N], or None without classes."""
+    """Pictures in their fixed order: by path in a folder or zip, as they lie in tar shards.
+
+    root: the source; names: relative to it, unique; classes: see labels.py; watched: files and folders, beside the spans' own, whose
+    change would change the listing.
+    """
 
     root: Path
-    files: tuple[Path, ...]
-    labels: np.ndarray | None
-    class_names: tuple[str, ...] | None
+    names: Sequence[str]
+    spans: Sequence[Span]
+    classes: Classes
+    watched: Sequence[str] = field(repr=False)
+
+    def content(self, resolution: int | None) -> Iterator[object]:
+        """What decides the pixels and labels: names, sizes, times (checksums in a zip), the bytes of some pictures. Not where they lie."""
+        yield resolution
+        for name, span in zip(self.names, self.spans, strict=True):
+            yield f"{name}\0{span.size}\0{span.mtime_ns if span.crc < 0 else span.crc}"
+        if self.classes.labels is not None:
+            yield self.classes.names
+            yield hashlib.sha256(self.classes.labels.astype("<i8")).hexdigest()
+        for span in self.spans[:: -(-len(self.spans) // HASHED_PICTURES)]:
+            try:
+                yield hashlib.sha256(read_span(span)).hexdigest()
+            except (BadImageError, ChangedError) as error:
+                yield error
+
+    def sample(self, count: int) -> list[str]:
+        """The paths of up to `count` pictures, evenly spaced, that are files of their own."""
+        if self.spans[0].path in self.watched:
+            return []
+        return [span.path for span in self.spans[:: -(-len(self.spans) // count)]]
+
+    def shown(self, row: int) -> str:
+        """The picture's name in a message."""
+        return f"{self.root}:{self.names[row]}" if self.root.is_file() else str(self.root / self.names[row])
 
 
-def list_folder(root: Path) -> Listing:
-    """Lists the pictures below `root`. A sub-folder is a class, at any depth below it; a flat folder, or one sub-folder alone, has none.
+def list_folder(root: Path, *, labels_file: Path | None = None, limit: int = MAX_CLASSES) -> Listing:
+    """Lists the pictures below `root`. Names beginning with "." are passed over; linked folders are followed, each once.
 
-    Names beginning with "." are passed over. Raises InputError for an empty folder, or pictures beside and inside sub-folders.
+    labels_file: a CSV or JSON of labels; None takes labels.csv, labels.json or dataset.json at the top where there is one. limit: labels
+    of such a file stay below it. Raises InputError for a folder without pictures.
     """
-    found: dict[str, list[Path]] = {}
-    seen = 0
-    for path in _walk(root):
+    found, folders, seen = {}, [], 0
+    for path, status in _walk(str(root), folders):
         seen += 1
-        if path.suffix.lower() in EXTENSIONS:
-            inside = path.relative_to(root).parts
-            found.setdefault(inside[0] if len(inside) > 1 else "", []).append(path)
-    if not found:
-        raise InputError(f"no picture in --data: {root} ({seen} files seen). Accepted extensions: {' '.join(EXTENSIONS)}.")
-    if "" in found and len(found) > 1:
-        raise InputError(
-            f"pictures both beside and inside sub-folders in --data: {root} ({len(found[''])} beside). "
-            "Sub-folders are classes: move the loose pictures into one, or give a flat folder."
-        )
-    names = tuple(sorted(found))
-    files = tuple(path for name in names for path in sorted(found[name]))
-    if len(names) == 1:
-        return Listing(root, files, None, None)
-    labels = np.repeat(np.arange(len(names), dtype=np.int64), [len(found[name]) for name in names])
-    return Listing(root, files, labels, names)
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        if _is_wanted(name):
+            found[name] = Span(path, 0, status.st_size if status else 0, status.st_mtime_ns if status else 0)
+    return _listing(root, found, seen, folders, labels_file, limit)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Every visible file below root; linked folders are followed, each real folder once, so that a link to a parent ends."""
-    visited = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
+def list_zip(path: Path, *, labels_file: Path | None = None, limit: int = MAX_CLASSES) -> Listing:
+    """Lists the pictures in a zip archive by the rules of list_folder; members stay where they are. Raises InputError."""
+    mtime_ns = path.stat().st_mtime_ns
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"unreadable zip in --data: {path} ({error}). Copy it again.") from error
+    found: dict[str, Span] = {}
+    for member in members:
+        name = str(PurePosixPath(member.filename))
+        if member.is_dir() or not _is_wanted(name) or any(map(_hidden, name.split("/"))):
             continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        yield from (Path(folder, name) for name in files if not name.startswith("."))
+        if name in found:
+            raise InputError(f"two members of one name in --data: {path}: {name}. Rename one of them.")
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            kind = "encrypted" if member.flag_bits & 1 else f"compressed by method {member.compress_type}"
+            raise InputError(f"a member that is {kind} in --data: {path}: {name}. Write it stored or deflated.")
+        full_size = member.file_size if member.compress_type == zipfile.ZIP_DEFLATED else -1
+        found[name] = Span(str(path), member.header_offset, member.compress_size, mtime_ns, full_size, member.CRC)
+    return _listing(path, found, len(members), [str(path)], labels_file, limit)
+
+
+def list_tar(root: Path, shards: Sequence[Path], *, limit: int = MAX_CLASSES) -> Listing:
+    """Lists the pictures of tar shards; see tar_shards.py. Raises InputError."""
+    names, spans, classes = tar_shards.list_shards(list(shards), limit=limit)
+    if not names:
+        raise InputError(f"no picture in --data: {root} ({len(shards)} shards). Accepted extensions: {' '.join(EXTENSIONS)}.")
+    return Listing(root, names, spans, classes, [str(shard) for shard in shards])
+
+
+def _listing(root: Path, found: dict[str, Span], seen: int, watched: list[str], labels_file: Path | None, limit: int) -> Listing:
+    """Orders the pictures and gives them their classes. Where all lie below one sub-folder, that one stands for the source."""
+    names = sorted(filter(_is_picture, found), key=lambda name: name.split("/"))
+    if not names:
+        raise InputError(f"no picture in --data: {root} ({seen} files seen). Accepted extensions: {' '.join(EXTENSIONS)}.")
+    common = _common_folder(names)
+    spans = [found[name] for name in names]
+    if labels_file is not None:
+        span = Span(str(labels_file), 0, *_size_and_time(labels_file))
+        return Listing(root, names, spans, _from_file(span, str(labels_file), names, limit), [*watched, span.path])
+    beside = [name for folder in dict.fromkeys(("", common)) for name in (f"{folder}{file}" for file in LABEL_FILES) if name in found]
+    if len(beside) > 1:
+        raise InputError(f"several files of labels in --data: {root}: {', '.join(beside)}. Keep one.")
+    if beside:
+        span = found[beside[0]]
+        where = f"{root}{':' if span.crc >= 0 else '/'}{beside[0]}"
+        inside = len(beside[0].rpartition("/")[0]) + ("/" in beside[0])
+        return Listing(root, names, spans, _from_file(span, where, [name[inside:] for name in names], limit), [*watched, span.path])
+    return Listing(root, names, spans, labels.from_names([name[len(common) :] for name in names], root), watched)
+
+
+def _from_file(span: Span, where: str, names: Sequence[str], limit: int) -> Classes:
+    try:
+        content = read_span(span)
+    except BadImageError as error:
+        raise InputError(f"unreadable file of labels: {where} ({error}). Copy it again.") from None
+    return labels.from_file(content, where, names, limit=limit)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"unreadable file of labels: {path} ({error.strerror}). Give a CSV or JSON.") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """The folders that all of the names share, with the last "/"."""
+    common = os.path.commonprefix([min(names), max(names)])
+    return common[: common.rfind("/") + 1]
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _is_wanted(name: str) -> bool:
+    return _is_picture(name) or name.rpartition("/")[2] in LABEL_FILES
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _walk(root: str, folders: list[str]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """(path, status) of every visible file below root, None for a broken link; `folders` receives every folder that was read."""
+    visited, waiting = set(), [root]
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders.append(folder)
+        for entry in _sorted_entries(folder):
+            try:
+                status = entry.stat()
+            except OSError:
+                status = None
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                waiting.append(entry.path)
+            else:
+                yield entry.path, status
+
+
+def _sorted_entries(folder: str) -> Iterable[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not _hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"unreadable folder in --data: {folder} ({error.strerror}). Correct its permissions.") from None
+
+
+KINDS = (
+    "Give a folder or zip of pictures, an .npz, CIFAR-10's python batches, tar shards (train-{000..146}.tar), "
+    f"or a built-in set: {', '.join(BUILT_IN)}."
+)
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """The shape of an `.npz` file's pictures, with their labels read. images_shape: [N, H, W, C]; labels int64 [N] or None."""
+class Source:
+    """What `--data` names, before it is read. files: what it was given as; a kind other than folder, zip and tar holds arrays."""
 
-    path: Path
-    images_shape: tuple[int, int, int, int]
-    labels: np.ndarray | None
+    kind: str
+    root: Path
+    files: tuple[Path, ...]
+    labels_file: Path | None
+    limit: int
 
-    def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """Streams arr_0 as uint8 [<= rows, H, W, C] blocks, so that memory does not grow with the file."""
-        count, row_bytes = self.images_shape[0], int(np.prod(self.images_shape[1:]))
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                _read_npy_header(stream, self.path)
-                for start in range(0, count, rows):
-                    size = min(rows, count - start)
-                    data = stream.read(size * row_bytes)
-                    if len(data) != size * row_bytes:
-                        raise InputError(f"truncated file in --data: {self.path}. Copy it again.")
-                    yield np.frombuffer(data, np.uint8).reshape(size, *self.images_shape[1:])
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise InputError(f"unreadable .npz in --data: {self.path} ({error}). Copy it again.") from error
+    @property
+    def name(self) -> str:
+        name = self.root.resolve().name if self.kind == "folder" else self.root.name.partition(".")[0]
+        return re.sub(r"[^\w .-]+", "-", name).strip("-. ") or "root"
 
+    @property
+    def has_pictures(self) -> bool:
+        return self.kind in ("folder", "zip", "tar")
 
-def open_npz(path: Path) -> Arrays:
-    """Reads the shapes and labels of an `.npz` in the field's convention (arr_0 pictures, arr_1 labels). Raises InputError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                raise InputError(f"no array arr_0 in --data: {path} (it holds {', '.join(names) or 'nothing'}). arr_0 is {IMAGE_LAYOUT}.")
-            with archive.open("arr_0.npy") as stream:
-                shape, fortran, dtype = _read_npy_header(stream, path)
-        if fortran:
-            raise InputError(f"Fortran order of arr_0 in --data: {path}. Save it with numpy.ascontiguousarray.")
-        shape = check_images(shape, dtype, f"arr_0 in --data: {path}")
-        labels = None
-        if "arr_1.npy" in names:
-            with np.load(path, allow_pickle=False) as arrays:
-                labels = check_labels(arrays["arr_1"], shape[0], f"arr_1 in --data: {path}")
-        return Arrays(path, shape, labels)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"unreadable .npz in --data: {path} ({error}). arr_0 is {IMAGE_LAYOUT}, arr_1 int64 labels.") from error
+    def listing(self) -> Listing:
+        """Lists the pictures; seconds for a million. Raises InputError."""
+        if self.kind == "tar":
+            return list_tar(self.root, self.files, limit=self.limit)
+        return (list_zip if self.kind == "zip" else list_folder)(self.root, labels_file=self.labels_file, limit=self.limit)
 
 
-def _read_npy_header(stream, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of the `.npy` that `stream` begins with; leaves the stream at the first pixel."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(stream)
-    if version not in readers:
-        raise InputError(f"unknown .npy version in --data: {path}: {version}. Save it with numpy.savez.")
-    return readers[version](stream)
+def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASSES) -> Source:
+    """Says what a path or pattern is, by its name and, for a folder, by what lies in it. Raises InputError for what is no data set."""
+    path = Path(source)
+    lower = path.name.lower()
+    kind, files = None, (path,)
+    if path.is_dir():
+        kind, files = _kind_of_folder(path)
+    elif path.is_file():
+        kinds = {".npz": "npz", ".zip": "zip", ".tar": "tar"}
+        kind = "cifar" if lower.endswith((".tar.gz", ".tgz")) else kinds.get(path.suffix.lower())
+    elif lower.endswith(".tar") and any(c in source for c in "{*?["):
+        kind, files = "tar", tuple(tar_shards.expand(source))
+    if kind is None:
+        what = "not a data set" if path.exists() else "no such file or folder"
+        raise InputError(f"{what} in --data: {source}. {KINDS}{nearest(source, BUILT_IN)}")
+    if labels_file is not None and kind not in ("folder", "zip"):
+        raise InputError(f"a file of labels for a source that carries its own: {labels_file} with --data {source}. Leave it out.")
+    return Source(kind, path, tuple(file.resolve() for file in files), labels_file, limit)
 
 
-def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> tuple[int, int, int, int]:
-    """Returns the shape as [N, H, W, C]; raises InputError where it is no stack of pictures. `where` names the array and its file."""
-    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-        raise InputError(f"not pictures in {where}: {dtype} {list(shape)}. Expected {IMAGE_LAYOUT}.")
-    if 0 in shape:
-        raise InputError(f"no picture in {where}: shape {list(shape)}. Expected {IMAGE_LAYOUT}.")
-    return tuple(int(size) for size in (shape if len(shape) == 4 else (*shape, 1)))
-
-
-def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
-    """Returns labels as int64 [count]; raises InputError naming the first row that is no class index."""
-    labels = np.asarray(labels)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise InputError(f"not one class index per picture in {where}: {labels.dtype} {list(labels.shape)}. Expected int64 [{count}].")
-    labels = labels.astype(np.int64)
-    if labels.min() < 0:
-        row = int(np.argmax(labels < 0))
-        raise InputError(f"negative label in {where}: {labels[row]} in row {row}. Classes count from 0.")
-    return labels
+def _kind_of_folder(path: Path) -> tuple[str, tuple[Path, ...]]:
+    """cifar where it holds CIFAR-10's batches, tar where shards lie at its top and no pictures, else folder."""
+    batches = cifar.files_of(path)
+    if batches is not None:
+        return "cifar", tuple(batches)
+    names = [entry.name for entry in _sorted_entries(str(path))]
+    shards = [name for name in names if name.lower().endswith(".tar")]
+    if shards and not any(map(_is_picture, names)):
+        return "tar", tuple(path / name for name in shards)
+    return "folder", (path,)

@@ -72,13 +72,25 @@ def load(path: str | Path, *, expected: str) -> Any:
     path = Path(path)
     check_file(path, expected=expected)
     with open(path, "rb") as file:
-        try:
-            return _Unpickler(file).load()
-        except _NotAllowedError as error:
-            refuse(path, expected=expected, reason=f"it asks for {error}, which is not in the list of harmless names; nothing was run")
-        except (Exception, RecursionError) as error:  # a damaged stream can raise anything
-            line = (str(error).strip() or "end of file").splitlines()[0]
-            refuse(path, expected=expected, reason=f"damaged or cut short ({line})")
+        return _load(_Unpickler(file), path, expected)
+
+
+def load_arrays(content: bytes, path: str | Path, *, expected: str) -> Any:
+    """Reads a pickle of containers, numbers, text and numpy arrays of uint8, as CIFAR's batches are; text of Python 2 becomes Latin-1.
+
+    path: where `content` comes from, for the message. Raises InputError as `load` does.
+    """
+    return _load(_ArrayUnpickler(io.BytesIO(content)), Path(path), expected)
+
+
+def _load(unpickler: "_Unpickler", path: Path, expected: str) -> Any:
+    try:
+        return unpickler.load()
+    except _NotAllowedError as error:
+        refuse(path, expected=expected, reason=f"it asks for {error}, which is not in the list of harmless names; nothing was run")
+    except (Exception, RecursionError) as error:  # a damaged stream can raise anything
+        line = (str(error).strip() or "end of file").splitlines()[0]
+        refuse(path, expected=expected, reason=f"damaged or cut short ({line})")
 
 
 class _NotAllowedError(Exception):
@@ -86,8 +98,8 @@ class _NotAllowedError(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file):
-        super().__init__(file)
+    def __init__(self, file, **encoding):
+        super().__init__(file, **encoding)
         # Classes of this load only: a hostile file can set attributes on a class that it was given.
         easy_dict = type("EasyDict", (dict,), {})
         containers = {name: type(name, (Record,), {"class_name": name}) for name in ("ModuleDict", "ModuleList", "Sequential")}
@@ -149,6 +161,40 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(dtype, _Dtype) or dtype.code not in ("f2", "f4", "f8", "i4", "i8", "u4", "u8", "b1"):
             raise ValueError("a numpy scalar that is not a number")
         return np.frombuffer(data, dtype=dtype.order + dtype.code, count=1)[0].item()
+
+
+class _ArrayUnpickler(_Unpickler):
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")
+        array = type("Array", (_Array,), {})
+        self._globals = {
+            "numpy.core.multiarray._reconstruct": array.empty,
+            "numpy._core.multiarray._reconstruct": array.empty,
+            "numpy.ndarray": array,
+            "numpy.dtype": _Dtype,
+            "_codecs.encode": self._encode,
+        }
+
+    def _encode(self, text, encoding) -> bytes:
+        if encoding != "latin1":
+            raise ValueError(f"text encoded as {encoding}")
+        return text.encode("latin1")
+
+
+class _Array:
+    """A numpy array of uint8 in a pickle: empty at first, filled by its state. `values` is the array."""
+
+    values: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, *_):
+        return cls()
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or dtype.code != "u1" or fortran:
+            raise ValueError("an array of other than uint8 in C order")
+        self.values = np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, np.uint8).reshape(shape)
 
 
 def _global_of(error: Exception) -> str:

@@ -1,0 +1,178 @@
+"""Tar shards in the WebDataset layout: `key.jpg` beside `key.cls`, read where they lie. Nothing is unpickled or extracted.
+
+A shard is an uncompressed tar of regular files (POSIX, pax or GNU names); a link, device, sparse file or oversized header is refused.
+"""
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastcm.errors import InputError
+from fastcm.training.image_decoding import EXTENSIONS
+from fastcm.training.labels import MAX_CLASSES, Classes, numbered
+from fastcm.training.picture_files import Span
+
+BLOCK = 512
+MAX_HEADER_BYTES = 1 << 20  # of a pax header or a long name
+MAX_SHARDS = 100_000
+KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a named pipe", "S": "a sparse file"}
+
+
+class Member(NamedTuple):
+    """A regular file inside a shard: `size` bytes at `offset`."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def expand(pattern: str) -> list[Path]:
+    """The shards that a pattern names, in order: braces (`train-{000..146}.tar`, `{a,b}`) first, then `*`, `?` and `[...]`.
+
+    Raises InputError where one of them does not exist.
+    """
+    shards = []
+    for path in _braces(pattern):
+        found = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        missing = next((shard for shard in found if not os.path.isfile(shard)), None if found else path)
+        if missing is not None:
+            raise InputError(f"no such shard in --data: {missing} (from {pattern}). Correct the pattern, or copy the file.")
+        shards += [Path(shard) for shard in found]
+    return shards
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """The pattern with every brace expanded, in order."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [[part] if i % 2 == 0 else _choices(part) for i, part in enumerate(parts)]
+    count = int(np.prod([len(choice) for choice in choices], dtype=float))
+    if count > MAX_SHARDS:
+        raise InputError(f"too many shards in --data: {pattern} ({count:,}, {MAX_SHARDS:,} at most). Narrow the braces.")
+    return ("".join(words) for words in itertools.product(*choices))
+
+
+def _choices(inside: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if numbers is None:
+        return inside.split(",")
+    first, last = numbers.groups()
+    width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+    if abs(int(last) - int(first)) >= MAX_SHARDS:
+        raise InputError(f"too many shards in --data: {{{inside}}} ({MAX_SHARDS:,} at most). Narrow the braces.")
+    step = 1 if int(last) >= int(first) else -1
+    return [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
+
+
+def list_shards(shards: list[Path], *, limit: int = MAX_CLASSES) -> tuple[list[str], list[Span], Classes]:
+    """(names `shard.tar:key.jpg`, spans, classes) of the pictures in the order in which they lie. Raises InputError."""
+    names, spans, labels = [], [], []
+    for shard in shards:
+        mtime_ns = shard.stat().st_mtime_ns
+        for image, label in _samples(shard, limit):
+            names.append(f"{shard.name}:{image.name}")
+            spans.append(Span(str(shard), image.offset, image.size, mtime_ns))
+            labels.append(label)
+            if (label is None) != (labels[0] is None):
+                missing = names[-1] if label is None else names[0]
+                raise InputError(f"no .cls beside a picture in --data: {missing} (others have one). Give every picture one, or none.")
+    if not labels or labels[0] is None:
+        return names, spans, Classes(None, None)
+    indices = np.array(labels, dtype=np.int64)
+    return names, spans, Classes(indices, numbered(indices))
+
+
+def _samples(shard: Path, limit: int) -> Iterator[tuple[Member, int | None]]:
+    """(picture, label or None) of each key that has a picture; the members of one key stand together, as WebDataset writes them."""
+    with open(shard, "rb", buffering=0) as file:
+        for key, group in itertools.groupby(members(file.fileno(), shard), key=lambda member: _key(member.name)):
+            group = list(group)
+            pictures = [member for member in group if os.path.splitext(member.name)[1].lower() in EXTENSIONS]
+            classes = [member for member in group if member.name == f"{key}.cls"]
+            if len(pictures) > 1 or len(classes) > 1:
+                raise InputError(f"two pictures or labels of one key in --data: {shard}: {key}. Give each picture a key of its own.")
+            if pictures:
+                yield pictures[0], _label(file.fileno(), classes[0], shard, limit) if classes else None
+
+
+def _key(name: str) -> str:
+    """A member's name without the extensions: up to the first dot of its last part."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}"
+
+
+def _label(descriptor: int, member: Member, shard: Path, limit: int) -> int:
+    text = os.pread(descriptor, min(member.size, 32), member.offset).decode("ascii", "replace").strip()
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) >= limit:
+        raise InputError(f"label out of range in --data: {shard}:{member.name}: {text!r}. Expected a whole number from 0 to {limit - 1}.")
+    return int(text)
+
+
+def members(descriptor: int, shard: Path) -> Iterator[Member]:
+    """The regular files of a tar, by its headers alone. Raises InputError for what is none or holds more than files and folders."""
+    end = os.fstat(descriptor).st_size
+    offset, long_name, pax = 0, None, {}
+    while offset + BLOCK <= end:
+        header = os.pread(descriptor, BLOCK, offset)
+        if header == bytes(BLOCK):
+            return
+        size, kind = _number(header[124:136]), chr(header[156])
+        if size is None or _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise InputError(f"not an uncompressed tar in --data: {shard} (damaged header at byte {offset:,}). Unpack or copy it again.")
+        name = _text(header[:100])
+        if header[257:262] == b"ustar" and header[257:265] != b"ustar  \0" and header[345]:
+            name = f"{_text(header[345:500])}/{name}"
+        offset += BLOCK
+        if kind in "LxKg":
+            if size > MAX_HEADER_BYTES:
+                raise InputError(f"an oversized header in --data: {shard}: {size:,} bytes ({MAX_HEADER_BYTES:,} at most). Write it again.")
+            body = os.pread(descriptor, size, offset)
+            if kind == "L":
+                long_name = _text(body)
+            elif kind == "x":
+                pax = _pax(body, shard)
+        else:
+            name, long_name = pax.get("path", long_name or name), None
+            size, pax = int(pax.get("size", size)), {}
+            if kind in "0\0007" and not name.endswith("/"):
+                if offset + size > end:
+                    raise InputError(f"truncated file in --data: {shard} (it ends inside {name}). Copy it again.")
+                yield Member(name, offset, size)
+            elif kind not in "5\0000":
+                what = KINDS.get(kind, f"a member of type {kind!r}")
+                raise InputError(f"{what} in --data: {shard}: {name}. Shards hold regular files only; write it again without.")
+        offset += -(-size // BLOCK) * BLOCK
+    if offset != end or end == 0:
+        raise InputError(f"truncated file in --data: {shard} ({end:,} bytes). Copy it again.")
+
+
+def _text(field: bytes) -> str:
+    return os.fsdecode(field.partition(b"\0")[0])
+
+
+def _number(field: bytes) -> int | None:
+    """An octal number, or GNU's base-256; None for neither."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    text = field.strip(b" \0")
+    return int(text, 8) if re.fullmatch(rb"[0-7]+", text) else None
+
+
+def _pax(body: bytes, shard: Path) -> dict[str, str]:
+    """The records `length name=value\\n` of a pax header; sparse files and other forms of size are refused."""
+    records, rest = {}, body
+    while rest and rest[0]:
+        length = rest.partition(b" ")[0]
+        if not re.fullmatch(rb"\d{1,7}", length) or not 0 < int(length) <= len(rest):
+            raise InputError(f"damaged pax header in --data: {shard}. Copy it again.")
+        name, _, value = rest[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[name.decode("utf-8", "replace")] = os.fsdecode(value)
+        rest = rest[int(length) :]
+    if any(name.startswith("GNU.sparse") for name in records) or not re.fullmatch(r"\d{1,18}", records.get("size", "0")):
+        raise InputError(f"a sparse file in --data: {shard}. Shards hold regular files only; write it again without.")
+    return records
