@@ -9,7 +9,8 @@ import torch
 from fastcm import kernels
 from fastcm.errors import InputError
 from fastcm.networks import UNet, UNetConfig, build
-from fastcm.networks.blocks import GroupNorm, norm_groups, sinusoidal_embedding
+from fastcm.networks.blocks import GroupNorm, ResBlock, norm_groups, sinusoidal_embedding
+from fastcm.networks.dropout import Dropout
 
 IMAGENET64 = {"num_classes": 1000}
 LSUN256 = {"resolution": 256, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2, "scale_shift_norm": False}
@@ -220,6 +221,20 @@ def test_norm_groups(widths, groups):
     assert norm_groups(*widths) == groups
 
 
+@pytest.mark.parametrize("limit", [None, 8, 4, 2])
+def test_dropout_up_to_a_resolution(limit):
+    network = build("adm", {**SMALL, "dropout": 0.3, "dropout_resolution": limit})
+    seen = {}
+    for module in network.modules():
+        if isinstance(module, ResBlock):
+            module.register_forward_hook(lambda block, _, out: seen.setdefault(block, out.shape[-1]))
+    network.eval()(*inputs(network)[:2])
+    assert set(seen.values()) == {4, 8}
+    for block, pixels in seen.items():
+        (layer,) = (module for module in block.modules() if isinstance(module, Dropout))
+        assert layer.p == (0.3 if limit is None or pixels <= limit else 0.0)
+
+
 def test_every_norm_of_a_network_has_the_same_groups():
     for options, groups in (({}, 2), ({"norm_groups": 8}, 8), ({"channels": 32, "channel_mult": (1, 3)}, 8)):
         network = make(**options)
@@ -243,6 +258,7 @@ def test_every_norm_of_a_network_has_the_same_groups():
         ("norm_groups", {"norm_groups": 3}),
         ("dropout", {"dropout": 1.0}),
         ("dropout", {"dropout": float("nan")}),
+        ("dropout_resolution", {"dropout_resolution": 0}),
         ("num_classes", {"num_classes": 0}),
         ("chanels", {"chanels": 8}),
     ],

@@ -38,6 +38,7 @@ class UNetConfig:
     head_channels: int = 64
     num_heads: int | None = None  # None: channels / head_channels
     dropout: float = 0.0
+    dropout_resolution: int | None = None  # dropout in blocks of at most this many pixels a side; None: in all
     num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # False: the embedding is added before the second norm
     resblock_updown: bool = True  # False: plain resampling layers between the levels
@@ -49,7 +50,7 @@ class UNetConfig:
         for name in ("channel_mult", "attention_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as JSON has them, become comparable
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"))
-        require_counts(self, ("num_heads", "num_classes", "norm_groups"), optional=True)
+        require_counts(self, ("num_heads", "num_classes", "norm_groups", "dropout_resolution"), optional=True)
         require_dropout(self)
         require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
         require_levels(self)
@@ -74,6 +75,10 @@ class UNetConfig:
     def heads(self, width: int) -> int:
         """Attention heads of a layer with `width` channels."""
         return self.num_heads or width // self.head_channels
+
+    def dropout_at(self, pixels: int) -> float:
+        """Dropout of a block whose output has `pixels` a side."""
+        return self.dropout if self.dropout_resolution is None or pixels <= self.dropout_resolution else 0.0
 
 
 class Stage(nn.Sequential):
@@ -103,20 +108,21 @@ class UNet(nn.Module):
             self.label_emb = ClassEmbedding(config.num_classes, emb_channels)
         skips = self._build_down()
         width = config.widths[-1]
-        self.middle_block = Stage(self._block(width, width), self._attention(width), self._block(width, width))
+        pixels = config.resolution >> (len(config.widths) - 1)
+        self.middle_block = Stage(self._block(width, width, pixels), self._attention(width), self._block(width, width, pixels))
         width = self._build_up(width, skips)
         self.out = nn.Sequential(
             GroupNorm(width, groups=config.groups), nn.Identity(), zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
         )
         dropout.number_layers(self)
 
-    def _block(self, in_channels: int, out_channels: int, resample=None) -> ResBlock:
+    def _block(self, in_channels: int, out_channels: int, pixels: int, resample=None) -> ResBlock:
         config = self.config
         return ResBlock(
             in_channels,
             out_channels,
             emb_channels=4 * config.channels,
-            dropout=config.dropout,
+            dropout=config.dropout_at(pixels),
             scale_shift_norm=config.scale_shift_norm,
             resample=resample,
             groups=config.groups,
@@ -134,11 +140,14 @@ class UNet(nn.Module):
         for level, level_width in enumerate(config.widths):
             pixels = config.resolution >> level
             if level > 0:
-                down = self._block(width, width, downsample) if config.resblock_updown else Downsample(width, conv=config.conv_resample)
+                if config.resblock_updown:
+                    down = self._block(width, width, pixels, downsample)
+                else:
+                    down = Downsample(width, conv=config.conv_resample)
                 self.input_blocks.append(Stage(down))
                 skips.append(width)
             for _ in range(config.blocks):
-                layers = [self._block(width, level_width)]
+                layers = [self._block(width, level_width, pixels)]
                 width = level_width
                 if pixels in config.attention_resolutions:
                     layers.append(self._attention(width))
@@ -150,14 +159,17 @@ class UNet(nn.Module):
         config = self.config
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(config.widths))):
+            pixels = config.resolution >> level
             for index in range(config.blocks + 1):
-                layers = [self._block(width + skips.pop(), config.widths[level])]
+                layers = [self._block(width + skips.pop(), config.widths[level], pixels)]
                 width = config.widths[level]
-                if config.resolution >> level in config.attention_resolutions:
+                if pixels in config.attention_resolutions:
                     layers.append(self._attention(width))
                 if level > 0 and index == config.blocks:
-                    up = self._block(width, width, upsample) if config.resblock_updown else Upsample(width, conv=config.conv_resample)
-                    layers.append(up)
+                    if config.resblock_updown:
+                        layers.append(self._block(width, width, 2 * pixels, upsample))
+                    else:
+                        layers.append(Upsample(width, conv=config.conv_resample))
                 self.output_blocks.append(Stage(*layers))
         return width
 

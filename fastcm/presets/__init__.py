@@ -1,0 +1,42 @@
+"""Every published run, one function each with its source: a method in, the run's settings out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fastcm.errors import InputError, nearest
+from fastcm.presets.cifar10 import cifar10, cifar10_code, cifar10_ect_hour, cifar10_ict_deep
+from fastcm.presets.imagenet64 import imagenet64, imagenet64_code, imagenet64_l2
+from fastcm.presets.lsun256 import lsun256, lsun256_code, lsun256_l2
+from fastcm.presets.own import digits, emoji32, emoji32_large, folder
+from fastcm.presets.settings import ema_halflife_kimg, noise, objective
+from fastcm.training.config import TrainConfig
+
+__all__ = ["DEFAULT", "PRESETS", "digits", "ema_halflife_kimg", "folder", "noise", "objective", "preset"]
+
+DEFAULT = "digits"
+
+PRESETS: dict[str, Callable[..., TrainConfig]] = {
+    "digits": digits,
+    "emoji32": emoji32,
+    "emoji32-large": emoji32_large,
+    "folder": folder,
+    "cifar10": cifar10,
+    "cifar10-code": cifar10_code,
+    "cifar10-ict-deep": cifar10_ict_deep,
+    "cifar10-ect-hour": cifar10_ect_hour,
+    "imagenet64": imagenet64,
+    "imagenet64-code": imagenet64_code,
+    "imagenet64-l2": imagenet64_l2,
+    "lsun256": lsun256,
+    "lsun256-code": lsun256_code,
+    "lsun256-l2": lsun256_l2,
+}
+
+
+def preset(name: str, *, method: str | None, **arguments: Any) -> TrainConfig:
+    """The named preset for a method, or for its own where method is None."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset in PRESET: {name}. Use one of {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+    config = PRESETS[name](**arguments) if method is None else PRESETS[name](method, **arguments)
+    return replace(config)

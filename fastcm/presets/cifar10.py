@@ -1,0 +1,82 @@
+"""Published runs on CIFAR-10: 32x32 in colour, unconditional."""
+
+from dataclasses import replace
+
+from fastcm.presets.settings import PublishedRun, objective, published
+from fastcm.training.config import TrainConfig
+
+_SONG = {
+    "kind": "song", "resolution": 32, "in_channels": 3, "out_channels": 3, "channels": 128, "channel_mult": (2, 2, 2), "blocks": 4,
+    "attention_resolutions": (16,), "num_classes": None,
+}  # fmt: skip
+_DDPMPP = {**_SONG, "embedding": "positional", "channel_mult_noise": 1, "encoder": "standard", "resample_filter": (1, 1)}
+_NCSNPP = {**_SONG, "embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": (1, 3, 3, 1)}
+
+# Karras et al. 2022, Table 7. AdamW without weight decay is their Adam.
+_EDM = PublishedRun(
+    network={**_DDPMPP, "dropout": 0.13}, objective=objective("edm"), steps=200_000_000 / 512, batch=512, lr=1e-3, lr_warmup_kimg=10_000.0,
+    optimizer="adamw", ema_halflife_kimg=(500.0,), ema_rampup=0.05,
+)  # fmt: skip
+# Song et al. 2023, Table 3. With mu = 0 the target is the student itself.
+_CD = PublishedRun(
+    network=_NCSNPP, objective=replace(objective("cd"), distance="lpips", mu_schedule="zero"), steps=800_000, batch=512, lr=4e-4,
+    ema_decays=(0.9999,),
+)  # fmt: skip
+_CT = replace(_CD, objective=replace(objective("ct"), distance="lpips"))
+_ICT = PublishedRun(
+    network={**_NCSNPP, "fourier_scale": 0.02, "dropout": 0.3}, objective=replace(objective("ict"), s1=1280), steps=400_000, batch=1024,
+    lr=1e-4, ema_decays=(0.99993,),
+)  # fmt: skip
+_ECT = PublishedRun(
+    network={**_DDPMPP, "dropout": 0.2}, objective=objective("ect"), steps=200_000, batch=128, lr=1e-4, ema_decays=(0.9999,), flip=False,
+)  # fmt: skip
+_SCD = PublishedRun(
+    network=_DDPMPP, objective=objective("scd"), steps=400_000, batch=512, lr=1e-4, betas=(0.9, 0.99), ema_halflife_kimg=(500.0,),
+)  # fmt: skip
+_SCT = replace(_SCD, network={**_DDPMPP, "dropout": 0.2}, objective=objective("sct"))
+
+
+def cifar10(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """CIFAR-10 as the papers print it.
+
+    edm: Karras et al. 2022, Table 7, DDPM++ with the VP column. Theirs had the augmentation pipe, which fastcm has not: pictures are
+      mirrored here, as in their runs without it, and the network takes no augmentation labels.
+    cd, ct: Song et al. 2023, Table 3, with LPIPS, on NCSN++. cd distils an NCSN++ teacher: that of cifar10-code.
+    ict: Song and Dhariwal 2023, Table 1 and Appendix: NCSN++ with Fourier scale 0.02. The mirroring is that of Song et al. 2023.
+    ect: Geng et al. 2024 and run_ecm.sh of their code: DDPM++, 200k steps from a diffusion model given as --init, no augmentation.
+    scd, sct: Lu and Song 2024, Appendix G: DDPM++, from a diffusion model (scd: --teacher, sct: --init). Their length is that of the
+      appendix's comparison with ECT. Theirs is conditioned on TrigFlow's t and has double normalisation; here c_noise is the teacher's.
+    """
+    runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ict": _ICT, "ect": _ECT, "scd": _SCD, "sct": _SCT}
+    return published("cifar10", method, runs, teacher=teacher, data=data)
+
+
+def cifar10_code(method: str = "ct", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """CIFAR-10 as the code of Song et al. 2023 runs it (openai/consistency_models_cifar10: configs/cifar10_k_ve.py, cifar10_ve_cd.py,
+    cifar10_ve_ct_adaptive.py with the options of launch.sh).
+
+    edm: the NCSN++ teacher of cd. The code's average has no ramp-up. cd: as the paper; the 10M images of warm-up in its configuration
+    do not reach RAdam. ct: mu(k) divides by N - 1, where the paper has N.
+    """
+    runs = {
+        "edm": replace(_EDM, network={**_NCSNPP, "dropout": 0.13}, steps=400_000, ema_rampup=None),
+        "cd": _CD,
+        "ct": replace(_CT, objective=replace(_CT.objective, mu_schedule="adaptive-code")),
+    }
+    return published("cifar10-code", method, runs, teacher=teacher, data=data)
+
+
+def cifar10_ict_deep(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """iCT-deep (Song and Dhariwal 2023, section 4): the run of cifar10 with twice the residual blocks."""
+    runs = {"ict": replace(_ICT, network={**_ICT.network, "blocks": 8})}
+    return published("cifar10-ict-deep", method, runs, teacher=teacher, data=data)
+
+
+def cifar10_ect_hour(method: str = "ect", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """ECT in an hour of one A100 (Geng et al. 2024 and run_ecm_1hour.sh of their code): q = 256 from the start, one stage.
+
+    The script's first measurement, after 80 ticks of 12.8 kimg, is the hour; it goes on to 25,600 kimg. Needs --init.
+    """
+    loss = replace(_ECT.objective, ect_q=256.0, s1=1)
+    return published("cifar10-ect-hour", method, {"ect": replace(_ECT, objective=loss, steps=8_000, ema_decays=(0.9993,))},
+                     teacher=teacher, data=data)  # fmt: skip

@@ -1,0 +1,99 @@
+"""What presets are put together from: each method's published loss, the preconditioning, and a published run in its authors' units."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastcm.consistency.denoiser import Preconditioning
+from fastcm.errors import InputError, nearest
+from fastcm.training.config import BOUNDARY_METHODS, METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+
+def objective(method: str) -> ObjectiveConfig:
+    """The method's published loss, without what depends on the data set.
+
+    edm: Karras et al. 2022, Table 1. cd, ct: Song et al. 2023, Table 3 (CIFAR-10), with l2 where the paper's best uses LPIPS.
+    ict: Song and Dhariwal 2023, Table 1, the grid's last size lowered for runs of thousands rather than hundreds of thousands of steps.
+    ect: Geng et al. 2024, CIFAR-10: the pair closes by halves in eight stages. scd, sct: Lu and Song 2024, CIFAR-10.
+    """
+    return {
+        "edm": ObjectiveConfig(P_mean=-1.2, P_std=1.2),
+        "cd": ObjectiveConfig(curriculum="fixed", s0=18, s1=18, mu_schedule="fixed", mu0=0.0, solver="heun"),
+        "ct": ObjectiveConfig(curriculum="progressive", s0=2, s1=150, mu_schedule="adaptive", mu0=0.9),
+        "ict": ObjectiveConfig(
+            distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=-1.1, P_std=2.0,
+            curriculum="doubling", s0=10, s1=160, mu_schedule="zero",
+        ),
+        "ect": ObjectiveConfig(
+            distance="pseudo_huber", huber_c=0.0, loss_weight="1/gap", pairs="ect", P_mean=-1.1, P_std=2.0,
+            curriculum="stages", s0=1, s1=8, mu_schedule="zero",
+        ),
+        "scd": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
+        "sct": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
+    }[method]  # fmt: skip
+
+
+def noise(method: str, *, kind: str = "adm") -> Preconditioning:
+    """sigma from 0.002 to 80, sigma_data 0.5 (Song et al. 2023, Appendix C); diffusion models take the EDM form.
+
+    kind: the network's, which has its convention of c_noise. Methods share it, so that a student can start from its teacher's weights.
+    """
+    return Preconditioning(
+        form="boundary" if method in BOUNDARY_METHODS else "edm", c_noise={"adm": "250 ln sigma", "song": "ln sigma / 4"}[kind]
+    )
+
+
+def ema_halflife_kimg(decay: float, batch: int) -> float:
+    """The half-life, in thousands of images, of an average that keeps the share `decay` of itself at each step of `batch` images."""
+    return batch * math.log(0.5) / math.log(decay) / 1000
+
+
+def check_method(preset: str, method: str, known: Collection[str]) -> None:
+    """Refuses what is no method, and a method that the preset has no settings for."""
+    if method not in METHODS:
+        raise InputError(f"unknown value in --method: {method}. Use one of {', '.join(known)}.{nearest(method, known)}")
+    if method not in known:
+        raise InputError(f"no settings of the preset {preset} in --method: {method}. Use one of {', '.join(known)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRun:
+    """A run in its authors' units: steps of `batch` images, averages by their decay per step.
+
+    ema_decays: the first is the model's. ema_halflife_kimg replaces them where a paper gives half-lives. The other fields are those of
+    TrainConfig and OptimizerConfig; published runs decay no learning rate and no weights.
+    """
+
+    network: dict[str, Any]
+    objective: ObjectiveConfig
+    steps: float  # a quotient where a paper gives images
+    batch: int
+    lr: float
+    ema_decays: tuple[float, ...] = ()
+    ema_halflife_kimg: tuple[float, ...] = ()
+    ema_rampup: float | None = None
+    optimizer: str = "radam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    lr_warmup_kimg: float = 0.0
+    flip: bool = True
+    precision: str = "fp32"
+
+    def config(self, preset: str, method: str, *, teacher: str | None, data: str | None) -> TrainConfig:
+        halflives = tuple(ema_halflife_kimg(decay, self.batch) for decay in self.ema_decays)
+        optimizer = OptimizerConfig(
+            kind=self.optimizer, lr=self.lr, betas=self.betas, eps=self.eps, lr_warmup_kimg=self.lr_warmup_kimg,
+            ema_halflife_kimg=halflives or self.ema_halflife_kimg, ema_rampup=self.ema_rampup,
+        )  # fmt: skip
+        return TrainConfig(
+            preset=preset, method=method, data=data or "", network=dict(self.network), noise=noise(method, kind=self.network["kind"]),
+            objective=self.objective, optimizer=optimizer, duration_kimg=self.steps * self.batch / 1000, batch=self.batch,
+            resolution=self.network["resolution"], flip=self.flip, precision=self.precision, teacher=teacher, checkpoint_every_s=600.0,
+        )  # fmt: skip
+
+
+def published(preset: str, method: str, runs: Mapping[str, PublishedRun], *, teacher: str | None, data: str | None) -> TrainConfig:
+    """The preset's run of `method`. Raises InputError for a method without published settings."""
+    check_method(preset, method, runs)
+    return runs[method].config(preset, method, teacher=teacher, data=data)
