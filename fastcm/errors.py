@@ -12,6 +12,14 @@ class RunError(RuntimeError):
     """The work failed while running (out of memory, disk full, non-finite loss). The command line exits with 1."""
 
 
+class PeerError(RunError):
+    """Another process of the run failed first and has said why; this one ends with the same exit code and says nothing."""
+
+    def __init__(self, rank: int, code: int):
+        super().__init__(f"process {rank} of the run failed. Its own line says why.")
+        self.code = code
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean 'x'?` for the choice closest to `word`, or the empty string where none is close."""
     matches = difflib.get_close_matches(str(word), list(choices), n=1)

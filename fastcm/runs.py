@@ -15,6 +15,7 @@ from fastcm.errors import InputError
 from fastcm.generation.generator import Generator
 from fastcm.training.config import TrainConfig, override
 from fastcm.training.data import Dataset, open_dataset
+from fastcm.training.parallel import Processes, joined
 from fastcm.training.run import RunResult, check_network, run
 from fastcm.training.trainer import Callbacks
 from fastcm.weights.model_folder import network_config
@@ -94,11 +95,12 @@ def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
             )
 
 
-def start(ready: Plan, *, callbacks: Callbacks = ()) -> RunResult:
-    """Trains, or resumes what stands in the plan's folder."""
+def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None = None) -> RunResult:
+    """Trains, or resumes what stands in the plan's folder; with `processes`, together with the other ones that call this."""
     return run(
-        ready.config, ready.out, dataset=ready.dataset, network=ready.network, teacher=ready.teacher, init=ready.init, callbacks=callbacks
-    )
+        ready.config, ready.out, dataset=ready.dataset, network=ready.network, teacher=ready.teacher, init=ready.init, callbacks=callbacks,
+        processes=processes,
+    )  # fmt: skip
 
 
 def train(
@@ -114,8 +116,10 @@ def train(
     Raises InputError for what cannot be used, RunError where training fails; Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
     changes = {**overrides.pop("settings", {}), **overrides}
-    ready = plan(preset, method=method, data=data, teacher=teacher, out=out, network=network, changes=changes)
-    result = start(ready, callbacks=callbacks)
+    with joined() as processes:
+        with processes.writer_first():
+            ready = plan(preset, method=method, data=data, teacher=teacher, out=out, network=network, changes=changes)
+        result = start(ready, callbacks=callbacks, processes=processes)
     if result.signal is not None:
         raise KeyboardInterrupt
     return load(result.model, network=None if network is None else copy.deepcopy(network))

@@ -17,7 +17,7 @@ from importlib import metadata
 from types import ModuleType
 
 import fastcm
-from fastcm.errors import InputError, RunError, nearest
+from fastcm.errors import InputError, PeerError, RunError, nearest
 
 COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "serve", "info", "bench")
 EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPT, EXIT_PIPE = 2, 1, 130, 141
@@ -96,11 +96,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_PIPE
     except Exception as error:
         code, message = _described(error)
-        _report(message, debug="--debug" in argv)
-        return code
+        if not isinstance(error, PeerError):
+            _report(message, debug="--debug" in argv)
+        return _left(code)
+
+
+def _left(code: int) -> int:
+    """The exit code; at once in one of several processes, where what waits for a lost one would hold the exit up."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _dispatch(argv: list[str]) -> int:
+    try:
+        args = _parsed(argv)
+    except InputError as error:
+        if os.environ.get("RANK", "0") != "0":  # every process was given the same options: the first says what is wrong with them
+            raise PeerError(0, EXIT_INPUT) from error
+        raise
+    return EXIT_INPUT if args is None else _module(args.command).run(args) or 0
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace | None:
+    """The options, checked; None, with the help on stderr, where no command was given."""
     command = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(command)
     actions = _actions_of(parser, command)
@@ -111,8 +132,8 @@ def _dispatch(argv: list[str]) -> int:
     _refuse_unknown(unknown, [], args.command)
     if args.command is None:
         parser.print_help(sys.stderr)
-        return EXIT_INPUT
-    return _module(args.command).run(args) or 0
+        return None
+    return args
 
 
 def _actions_of(parser: Parser, command: str | None) -> list[argparse.Action]:
@@ -139,6 +160,8 @@ def _described(error: Exception) -> tuple[int, str]:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return EXIT_INPUT, text
+    if isinstance(error, PeerError):
+        return error.code, text
     if isinstance(error, RunError):
         return EXIT_RUN, text
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
@@ -156,7 +179,8 @@ def _described(error: Exception) -> tuple[int, str]:
 def _report(message: str, *, debug: bool, prefix: str = "fastcm: error: ") -> None:
     if debug:
         traceback.print_exc()
-    print(f"{prefix}{message}", file=sys.stderr)
+    who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {os.environ.get('RANK')}: "
+    print(f"{prefix}{who}{message}", file=sys.stderr)
 
 
 def _rephrased(message: str, prog: str) -> str:

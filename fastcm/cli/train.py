@@ -25,7 +25,8 @@ def add(subparsers) -> None:
     parser.add_argument(
         "--duration", metavar="N", type=kimg, help="images to train on, as 500kimg, 2Mimg or 64000img (plain numbers are kimg)"
     )
-    parser.add_argument("--batch", type=int, help="images per step")
+    parser.add_argument("--batch", type=int, help="images per step, of all processes together")
+    parser.add_argument("--microbatch", type=int, metavar="N", help="images at a time in each process; halved where memory runs out")
     parser.add_argument("--seed", type=int, help="the seed of weights, noise, levels and order")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--precision", help="auto, fp32 or bf16")
@@ -60,19 +61,37 @@ def seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from fastcm import runs
+    from fastcm.training.parallel import joined
 
-    ready = runs.plan(args.preset, method=args.method, data=args.data, teacher=args.teacher, out=args.out, changes=changes(args))
-    print_plan(ready)
-    if args.dry_run:
-        print(json.dumps(ready.config.as_dict(), indent=1))
-        return 0
-    result = runs.start(ready)
+    with joined() as processes:
+        with processes.writer_first():
+            ready = plan(args)
+        if processes.is_writer:
+            print_plan(ready)
+            if args.dry_run:
+                print(json.dumps(ready.config.as_dict(), indent=1))
+        if args.dry_run:
+            return 0
+        result = runs.start(ready, processes=processes)
+    if processes.is_writer:
+        report(result)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def report(result) -> None:
+    """Where the run stands, in one line."""
     done = f"{result.nimg / 1000:g} of {result.total_nimg / 1000:g} kimg"
     if result.signal is not None:
         print(f"fastcm: stopped at {done}; the checkpoint is saved. Run the same command again to go on.", file=sys.stderr)
-        return 128 + result.signal
-    print(f"trained {done}; model in {result.model}")
-    return 0
+    else:
+        print(f"trained {done}; model in {result.model}")
+
+
+def plan(args: argparse.Namespace):
+    """The run that the options describe, opened and checked."""
+    from fastcm import runs
+
+    return runs.plan(args.preset, method=args.method, data=args.data, teacher=args.teacher, out=args.out, changes=changes(args))
 
 
 def changes(args: argparse.Namespace) -> dict:
@@ -81,6 +100,7 @@ def changes(args: argparse.Namespace) -> dict:
 
     fields = {
         "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "seed": args.seed, "device": args.device,
+        "microbatch": args.microbatch,
         "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile, "bad_images": args.bad_images,
         "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
     }  # fmt: skip

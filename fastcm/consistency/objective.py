@@ -59,16 +59,16 @@ def set_dropout_stream(network: nn.Module, batch: Batch) -> None:
         network.set_stream(batch.seed, batch.position)
 
 
-def edm_loss(student: Denoiser, batch: Batch, sigma: Tensor) -> Tensor:
+def edm_loss(student: Denoiser, batch: Batch, sigma: Tensor, *, factor: Tensor | float = 1.0) -> Tensor:
     """Denoising score matching, [B] fp32: lambda ||D(x + sigma z, sigma) - x||^2 per pixel, lambda = 1 / c_out^2
-    (Karras et al. 2022, equation 8 and Table 1)."""
+    (Karras et al. 2022, equation 8 and Table 1). factor: multiplies every loss, in fp32, before 16-bit networks round its gradient."""
     c_skip, c_out, c_in, c_noise = student.coefficients(sigma)
     clean = torch.zeros_like(sigma)
     dtype = working_dtype(student.network)
     noisy = kernels.perturb(batch.images, batch.seed, batch.position, sigma, clean, c_in_hi=c_in, flip=batch.flip, dtype=dtype)
     set_dropout_stream(student.network, batch)
     F_x = student.network(noisy.scaled_hi, c_noise, batch.labels)
-    weight = c_out.square().reciprocal()
+    weight = c_out.square().reciprocal() * factor
     return kernels.distance(noisy.x_hi, F_x, c_skip, c_out, noisy.x_lo, None, None, None, weight, kind="l2")
 
 
@@ -122,6 +122,7 @@ def continuous_loss(
     tangent_c: float = 0.1,
     teacher: Denoise | None = None,
     log_weight: nn.Module | None = None,
+    factor: Tensor | float = 1.0,
 ) -> Tensor:
     """Continuous-time consistency training (sCT) and distillation (sCD), [B] fp32 (Lu and Song 2024, Algorithm 1).
 
@@ -131,7 +132,7 @@ def continuous_loss(
 
     sigma: [B] fp32. tangent: F- and its derivative (`network_tangent` of the student's network). warmup: r in [0, 1].
     teacher: D(x, sigma, labels), whose ODE gives dx/dt (distillation), or None: the image and its noise do (training from data alone).
-    log_weight: w(sigma) [B], trained along; None for w = 0.
+    log_weight: w(sigma) [B], trained along; None for w = 0. factor: as for `edm_loss`.
     """
     sigma_data = student.preconditioning.sigma_data
     c = student.coefficients(sigma)
@@ -156,8 +157,8 @@ def continuous_loss(
         goal = F_minus - g
     F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
     zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
-    squared = kernels.distance(x, F_x, zero, one, goal, None, None, None, one, kind="l2")  # of F itself: c_skip = 0, c_out = 1
+    squared = kernels.distance(x, F_x, zero, one, goal, None, None, None, one * factor, kind="l2")  # of F itself: c_skip = 0, c_out = 1
     if log_weight is None:
         return squared
     w = log_weight(sigma)
-    return w.exp() * squared - w
+    return w.exp() * squared - w * factor

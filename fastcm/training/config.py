@@ -160,6 +160,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     duration_kimg: float = 500.0
     batch: int = 128
+    microbatch: int | None = None  # images that a process takes at a time; None: its whole share of the batch
     seed: int = 0
     resolution: int | None = None
     flip: bool = False
@@ -183,6 +184,8 @@ class TrainConfig:
         _choice("--bad-images", self.bad_images, ("fail", "skip"))
         _number("--duration", self.duration_kimg, 0, open_low=True)
         _number("--batch", self.batch, 1, whole=True)
+        if self.microbatch is not None:
+            _number("--microbatch", self.microbatch, 1, whole=True)
         _number("--checkpoint-every", self.checkpoint_every_s, 0)
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise InputError(f"illegal value in --seed: {self.seed}. Give a whole number of 64 bits.")

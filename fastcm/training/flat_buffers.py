@@ -42,9 +42,9 @@ class FlatLayout:
         return buffer
 
     def state_dict(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Named fp32 clones, contiguous, of the parameters in `buffer`."""
+        """Named fp32 clones, contiguous and on the CPU (the device has no room for a second copy), of the parameters in `buffer`."""
         return {
-            name: view.float().clone(memory_format=torch.contiguous_format)
+            name: view.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
             for name, view in zip(self.names, self.views(buffer), strict=True)
         }
 

@@ -34,7 +34,7 @@ class Guides:
 
 
 class MethodLoss:
-    """loss(batch, values) -> per-sample loss [B] fp32.
+    """loss(batch, values, factor) -> per-sample loss [B] fp32, times factor [1] fp32.
 
     student: its network may be a compiled module; tangent_network: the same weights uncompiled, for the derivative of sct and scd.
     log_weight: the trained w(sigma) of continuous-time methods, to be optimised along; None elsewhere.
@@ -53,20 +53,20 @@ class MethodLoss:
             if config.objective.adaptive_weight:
                 self.log_weight = LogWeight()
 
-    def __call__(self, batch: Batch, values: StepValues) -> Tensor:
+    def __call__(self, batch: Batch, values: StepValues, factor: Tensor) -> Tensor:
         objective = self.config.objective
         u = kernels.uniform(batch.seed, batch.position, stream=SIGMA_STREAM)
         if self.config.method == "edm":
-            return edm_loss(self.student, batch, sigma_draw(objective, u))
+            return edm_loss(self.student, batch, sigma_draw(objective, u), factor=factor)
         if self.config.method in CONTINUOUS_METHODS:
             return continuous_loss(
                 self.student, batch, sigma_draw(objective, u), tangent=self.tangent, warmup=values.tangent_warmup,
-                tangent_c=objective.tangent_c, teacher=self.teacher, log_weight=self.log_weight,
+                tangent_c=objective.tangent_c, teacher=self.teacher, log_weight=self.log_weight, factor=factor,
             )  # fmt: skip
         sigma_hi, sigma_lo = sigma_pair(self.config, u, values.steps)
         return consistency_loss(
             self.student, self.target, batch, sigma_hi, sigma_lo,
-            weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data),
+            weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data) * factor,
             distance=self.distance, huber_c=self.huber_c, teacher_step=self.teacher_step,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ class FlatOptimizer:
     """Owns the weights of `student` (and of `target`, a module of the same structure) as views of flat buffers.
 
     dtype: what the modules compute in. fp32 modules are views of the masters themselves; bf16 and fp16 modules are views of a
-    low-precision copy that each step refreshes. Averages are fp32 and belong to no module: `state_dict("ema", i)` names them.
+    low-precision copy that each step refreshes. Averages are fp32 and belong to no module: `average(i)` names them.
     """
 
     def __init__(self, student: nn.Module, target: nn.Module | None, config: OptimizerConfig, *, dtype: torch.dtype = torch.float32):
@@ -33,24 +33,44 @@ class FlatOptimizer:
         self.low_precision = master.to(dtype) if low else None
         self.target_low_precision = master.to(dtype) if low and target is not None else None
         self.gradient = torch.zeros(self.layout.size, dtype=dtype, device=master.device)
+        self.total: Tensor | None = None
         self.views = self.layout.views(self.low_precision if low else master)
         attach(student, self.views, self.layout.views(self.gradient))
         if target is not None:
             self.target_views = self.layout.views(self.target_low_precision if low else self.buffers["target"])
             attach(target, self.target_views)
 
+    def sum_in_fp32(self) -> None:
+        """From here on several backward passes, or a scaled one, add up in fp32 where the modules' own dtype would round their sum."""
+        if self.total is None and self.gradient.dtype != torch.float32:
+            self.total = torch.zeros_like(self.gradient, dtype=torch.float32)
+
+    @property
+    def collected(self) -> Tensor:
+        """What is reduced over processes, measured and applied: the gradients that `collect` took, or the gradient itself."""
+        return self.gradient if self.total is None else self.total
+
     def zero_grad(self) -> None:
         self.gradient.zero_()
+        if self.total is not None:
+            self.total.zero_()
+
+    @torch.no_grad()
+    def collect(self, part: slice = slice(None)) -> None:
+        """After a backward pass: moves this part of its gradient to the fp32 sum, where there is one."""
+        if self.total is not None:
+            self.total[part].add_(self.gradient[part])
+            self.gradient[part].zero_()
 
     def gradient_norm(self) -> Tensor:
-        """The gradient's L2 norm, [1] fp32; not finite where any element is not."""
-        return torch.linalg.vector_norm(self.gradient, dtype=torch.float32).reshape(1)
+        """The collected gradient's L2 norm, [1] fp32; not finite where any element is not."""
+        return torch.linalg.vector_norm(self.collected, dtype=torch.float32).reshape(1)
 
     def step(self, *, lr: Tensor, mu: Tensor, ema_decays: Tensor, grad_norm: Tensor) -> None:
         """One update, in place. lr, mu: fp32 [1]; ema_decays: fp32 [k]. A grad_norm that is not finite leaves every buffer as it was."""
         config, buffers = self.config, self.buffers
         kernels.optimizer_step(
-            config.kind, buffers["weights"], self.gradient, buffers["exp_avg"], buffers["exp_avg_sq"],
+            config.kind, buffers["weights"], self.collected, buffers["exp_avg"], buffers["exp_avg_sq"],
             step=self.steps_taken, lr=lr, grad_norm=grad_norm, betas=config.betas, eps=config.eps,
             weight_decay=config.weight_decay, clip=config.clip,
             target=buffers.get("target"), mu=mu if self.target is not None else None,
@@ -68,11 +88,11 @@ class FlatOptimizer:
                 )
 
     def average(self, index: int) -> dict[str, Tensor]:
-        """The named weights of evaluation average `index`: fp32 contiguous clones."""
+        """The named weights of evaluation average `index`: fp32 contiguous clones on the CPU."""
         return self.layout.state_dict(self.buffers[f"ema_{index}"])
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Every buffer as named fp32 tensors, by role, and the count of updates applied."""
+        """Every buffer as named fp32 tensors on the CPU, by role, and the count of updates applied."""
         parts = {role: self.layout.state_dict(buffer) for role, buffer in self.buffers.items()}
         return {**parts, "counters": {"steps_taken": self.steps_taken.clone()}}
 
@@ -84,6 +104,15 @@ class FlatOptimizer:
                 raise ValueError(f"state without the part {role}; it has {', '.join(sorted(parts))}.")
             self.layout.load_state_dict(buffer, parts[role])
         self.steps_taken.copy_(parts["counters"]["steps_taken"])
+        self.refresh()
+
+    def tensors(self) -> list[Tensor]:
+        """What the run's processes hold in common: the buffers, then the count of updates."""
+        return [*self.buffers.values(), self.steps_taken]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the low-precision copies anew from the masters."""
         if self.low_precision is not None:
             self.low_precision.copy_(self.buffers["weights"])
         if self.target_low_precision is not None:

@@ -1,51 +1,31 @@
-"""A training run from settings to a model folder: opens everything before it creates anything, resumes, logs, samples, evaluates, saves."""
+"""A training run from settings to a session: everything is opened and checked before anything is created."""
 
 import copy
 import json
-import sys
-import time
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError
-from fastcm.generation.generator import Generator, choose_device
-from fastcm.training.checkpoint import newest_checkpoint, save_checkpoint
+from fastcm.generation.generator import choose_device
 from fastcm.training.config import FIELDS_OF, TrainConfig
 from fastcm.training.data import Dataset
 from fastcm.training.feature_distance import feature_distance
 from fastcm.training.method_loss import Guides
-from fastcm.training.monitor import Monitor
+from fastcm.training.parallel import Processes
 from fastcm.training.run_folder import RunFolder
-from fastcm.training.signals import StopRequest
-from fastcm.training.trainer import Callbacks, Progress, Trainer
-from fastcm.weights.model_folder import save_model
-
-LOG_EVERY_S = 2.0
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Where the run stands: its model folder, its images seen, and the signal that stopped it early, if one did."""
-
-    model: Path
-    nimg: int
-    total_nimg: int
-    signal: int | None
+from fastcm.training.session import RunResult, Session
+from fastcm.training.trainer import Callbacks, Trainer
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the processor multiplies it natively, else fp32. fp16 needs a GPU."""
+    """ "auto" is bf16 where the processor multiplies it natively, else fp32."""
     if precision == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if native else "fp32"
-    if precision == "fp16":
-        raise InputError("not available for training in --precision: fp16. Use bf16 or fp32.")
     return precision
 
 
@@ -92,13 +72,18 @@ def check_against(model: Denoiser, info: dict, config: TrainConfig, dataset: Dat
 def run(
     config: TrainConfig, out: Path, *, dataset: Dataset, network: nn.Module | None = None,
     teacher: tuple[Denoiser, dict] | None = None, init: tuple[Denoiser, dict] | None = None, callbacks: Callbacks = (),
+    processes: Processes | None = None,
 ) -> RunResult:  # fmt: skip
     """Trains, or resumes what stands in `out`. network: a module of the user's own, F(x, c_noise, labels); else the config's is built.
 
-    teacher, init: opened models (denoiser, config.json). Raises InputError before anything is created, RunError afterwards.
+    teacher, init: opened models (denoiser, config.json). processes: those that train together, each in this call; alone by default.
+    callbacks: called in the writer's process. Raises InputError before anything is created, RunError afterwards.
     """
+    processes = processes or Processes()
     device, network = choose_device(config.device), network if network is not None else build_network(config)
     check_network(network)
+    processes.share(config.batch)
+    processes.use(device)
     precision = resolve_precision(config.precision, device)
     for model, option in ((teacher, "--teacher"), (init, "--init")):
         if model is not None:
@@ -112,17 +97,23 @@ def run(
     guides = Guides(
         teacher=None if teacher is None else teacher[0].to(device), feature_distance=None if distance is None else distance.to(device)
     )
-    folder = RunFolder(out, settings(config, dataset, network, precision))
+    folder = RunFolder(out, settings(config, dataset, network, precision)) if processes.is_writer else None
     try:
         network = network.to(device).train()
-        needs_target = "mu_schedule" in FIELDS_OF[config.method] and config.objective.mu_schedule != "zero"
         trainer = Trainer(
-            config, network, copy.deepcopy(network).requires_grad_(False) if needs_target else None, dataset,
-            device=device, precision=precision, compiled=resolve_compile(config.compile, device), guides=guides,
+            config, network, target_of(network, config), dataset, device=device, precision=precision,
+            compiled=resolve_compile(config.compile, device), guides=guides, processes=processes,
         )  # fmt: skip
-        return _Session(trainer, folder, callbacks).train()
+        return Session(trainer, out, folder, callbacks).train()
     finally:
-        folder.close()
+        if folder is not None:
+            folder.close()
+
+
+def target_of(network: nn.Module, config: TrainConfig) -> nn.Module | None:
+    """The network's moving average that the method's loss looks at; None where the student itself takes its place."""
+    needed = "mu_schedule" in FIELDS_OF[config.method] and config.objective.mu_schedule != "zero"
+    return copy.deepcopy(network).requires_grad_(False) if needed else None
 
 
 def settings(config: TrainConfig, dataset: Dataset, network: nn.Module, precision: str) -> dict:
@@ -143,118 +134,3 @@ def copy_weights(network: nn.Module, source: nn.Module, option: str) -> None:
     if wrong:
         raise InputError(f"another architecture in {option}: {', '.join(wrong[:3])}. Train both with the same network settings.")
     network.load_state_dict(state)
-
-
-class _Session:
-    """The run around the trainer: what happens between steps."""
-
-    def __init__(self, trainer: Trainer, folder: RunFolder, callbacks: Callbacks):
-        self.trainer, self.folder, self.callbacks = trainer, folder, callbacks
-        self.config = trainer.config
-        self.best: dict | None = None
-        self._resume()
-        self.monitor = Monitor(folder, trainer)
-        self.saved_nimg = self.trainer.nimg if self.trainer.step else -1
-        self.saved_at = time.monotonic()
-
-    def _resume(self) -> None:
-        found = newest_checkpoint(self.folder.checkpoints)
-        for note in self.folder.notes:
-            print(f"fastcm: {note}", file=sys.stderr)
-        if found is None:
-            self.folder.cut_log(-1)
-            return
-        parts, state = found
-        if state["threads"] != torch.get_num_threads():
-            warnings.warn(
-                f"resumed with {torch.get_num_threads()} threads, not {state['threads']}: sums differ in the last bits", stacklevel=2
-            )
-        self.trainer.restore(parts, state)
-        self.best = state.get("best")
-        self.folder.cut_log(self.trainer.nimg)
-        print(
-            f"fastcm: resumed at {self.trainer.nimg / 1000:g} of {self.trainer.total_nimg / 1000:g} kimg in {self.folder.path}",
-            file=sys.stderr,
-        )
-
-    def train(self) -> RunResult:
-        trainer = self.trainer
-        with StopRequest() as request, self.monitor:
-            self.request = request
-            trainer.train(log_every_s=LOG_EVERY_S, on_log=self._log, on_step=self._between_steps)
-            if self.saved_nimg != trainer.nimg:
-                self._checkpoint()
-            if request.signal is None:
-                self.monitor.finish(self._generator())
-        self._save_model(self.folder.model)
-        return RunResult(self.folder.model, trainer.nimg, trainer.total_nimg, request.signal)
-
-    def _log(self, progress: Progress) -> None:
-        self.monitor.log(progress)
-        for callback in self.callbacks:
-            callback(progress, self.trainer)
-
-    def _between_steps(self) -> bool:
-        """Whether to go on; samples, evaluates and saves where they are due."""
-        nimg, config = self.trainer.nimg, self.config
-        self.monitor.advance(nimg)
-        if _due(nimg, config.batch, config.sample_every_kimg):
-            self.monitor.sample(self._generator())
-        if _due(nimg, config.batch, config.evaluate_every_kimg):
-            self._evaluate()
-        if time.monotonic() - self.saved_at >= config.checkpoint_every_s:
-            self._checkpoint()
-        return self.request.signal is None
-
-    def _checkpoint(self) -> None:
-        parts, state = self.trainer.state()
-        save_checkpoint(self.folder.checkpoints, step=self.trainer.step, parts=parts, state={**state, "best": self.best})
-        self.saved_nimg, self.saved_at = self.trainer.nimg, time.monotonic()
-
-    def _evaluate(self) -> None:
-        figures = self.monitor.evaluate(self._generator())
-        if self.best is None or figures["score"] < self.best["score"]:
-            self.best = {"nimg": self.trainer.nimg, **figures}
-            self._save_model(self.folder.path / "best")
-
-    def _averaged(self) -> dict[str, Tensor]:
-        """The network's state dict with the first average in the place of the weights; buffers are the student's."""
-        average = self.trainer.optimizer.average(0)
-        buffers = self.trainer.optimizer.student.state_dict()
-        return {name: average[name] if name in average else tensor.clone() for name, tensor in buffers.items()}
-
-    def _generator(self) -> Generator:
-        """A generator with the first evaluation average, beside the student that trains on."""
-        if not hasattr(self, "_averaged_network"):
-            self._averaged_network = copy.deepcopy(self.trainer.optimizer.student).float().requires_grad_(False)
-        self._averaged_network.load_state_dict(self._averaged())
-        denoiser = Denoiser(self._averaged_network, self.config.noise)
-        return Generator(denoiser, self.info(), device=str(self.trainer.device), precision="fp32")
-
-    def info(self) -> dict:
-        """The model folder's facts beside network and preconditioning."""
-        dataset, config = self.trainer.dataset, self.config
-        training = {
-            "preset": config.preset,
-            "method": config.method,
-            "data": config.data,
-            "dataset": dataset.fingerprint,
-            "nimg": self.trainer.nimg,
-            "seed": config.seed,
-        }
-        return {
-            "classes": list(dataset.class_names) if dataset.class_names else None,
-            "resolution": dataset.resolution, "channels": dataset.channels,
-            "training": training, "sampling": config.sampling, "licence": None,
-        }  # fmt: skip
-
-    def _save_model(self, path: Path) -> None:
-        save_model(path, Denoiser(self.trainer.optimizer.student, self.config.noise), self.info(), state=self._averaged())
-
-
-def _due(nimg: int, batch: int, every_kimg: float | None) -> bool:
-    """Whether the step that ended at nimg crossed a multiple of every_kimg."""
-    if every_kimg is None:
-        return False
-    every = every_kimg * 1000
-    return nimg // every > (nimg - batch) // every

@@ -13,8 +13,8 @@ from fastcm.weights.model_folder import read_json, write_json
 
 FORMAT, VERSION = "fastcm-run", 1
 CONFIG_NAME, LOG_NAME, LOCK_NAME = "config.json", "log.jsonl", ".lock"
-# What may change when a run is resumed: its length, and what leaves the weights as they are.
-MAY_CHANGE = ("duration_kimg", "checkpoint_every_s", "evaluate_every_kimg", "sample_every_kimg", "sampling")
+# What may change when a run is resumed: its length, and what leaves the weights as they are, to rounding.
+MAY_CHANGE = ("duration_kimg", "microbatch", "checkpoint_every_s", "evaluate_every_kimg", "sample_every_kimg", "sampling")
 
 
 def is_run_folder(path: Path) -> bool:

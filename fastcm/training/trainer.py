@@ -1,5 +1,6 @@
 """The trainer: one `train_step` that reads as the paper's algorithm, and the loop that repeats it."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from fastcm.consistency.objective import Batch
 from fastcm.errors import RunError
 from fastcm.training.config import TrainConfig
 from fastcm.training.data import Dataset
+from fastcm.training.gradient_reduction import GradientReduction
+from fastcm.training.loss_scale import LossScale
 from fastcm.training.method_loss import Guides, MethodLoss
 from fastcm.training.optimizer import FlatOptimizer
+from fastcm.training.parallel import Processes
 from fastcm.training.schedule import StepValues, step_values
 
 FLIP_STREAM = 2
@@ -40,11 +44,16 @@ class Progress:
 
 
 class Trainer:
-    """Trains `network` on `dataset` as `config` says. All randomness is a function of (config.seed, nimg)."""
+    """Trains `network` on `dataset` as `config` says. All randomness is a function of (config.seed, nimg).
+
+    Of every batch this process takes its share, and of its share `microbatch` images at a time, halved where memory runs out.
+    """
 
     def __init__(self, config: TrainConfig, network: nn.Module, target_network: nn.Module | None, dataset: Dataset, *, device: torch.device,
-                 precision: str, compiled: bool, guides: Guides | None = None):  # fmt: skip
+                 precision: str, compiled: bool, guides: Guides | None = None, processes: Processes | None = None):  # fmt: skip
         self.config, self.dataset, self.device = config, dataset, device
+        self.processes = processes or Processes()
+        self.share = self.processes.share(config.batch)
         self.total_nimg = round(config.duration_kimg * 1000)
         self.optimizer = FlatOptimizer(network, target_network, config.optimizer, dtype=DTYPES[precision])
         self.student = Denoiser(torch.compile(network) if compiled else network, config.noise)
@@ -58,43 +67,114 @@ class Trainer:
         self.optimizers = {"": self.optimizer}  # by the prefix of their parts in a checkpoint
         if self.method_loss.log_weight is not None:
             self.optimizers["log_weight."] = FlatOptimizer(self.method_loss.log_weight.to(device), None, config.optimizer)
+        self.loss_scale = LossScale(device) if precision == "fp16" else None
+        self.set_microbatch(min(config.microbatch or self.share, self.share))
+        self.reduction = GradientReduction(list(self.optimizers.values()), self.processes) if self.processes.size > 1 else None
         self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
         self.step, self.nimg = 0, 0
         # Scalars that change every step live on the device, so that compiled code and graphs see no new constants.
         self.lr, self.mu = torch.zeros(1, device=device), torch.zeros(1, device=device)
         self.ema_decays = torch.zeros(len(config.optimizer.ema_halflife_kimg), device=device)
+        self.share_of_batch = torch.full((1,), 1 / config.batch, device=device)
         self.loss, self.grad_norm = torch.zeros((), device=device), torch.zeros(1, device=device)
-        self.nonfinite_in_a_row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.nonfinite_longest = torch.zeros(1, dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # skipped updates in a row: now, and at most
+
+    def set_microbatch(self, images: int) -> None:
+        """Takes this many images at a time. Gradients that several passes give, or a scaled one, are summed in fp32."""
+        self.microbatch = images
+        if images < self.share or self.loss_scale is not None:
+            for optimizer in self.optimizers.values():
+                optimizer.sum_in_fp32()
 
     def next_batch(self) -> Batch:
-        images, labels, position = self.dataset.batch(self.nimg, self.config.batch, seed=self.config.seed)
+        """This process's share of the batch that begins at nimg."""
+        first = self.nimg + self.processes.rank * self.share
+        images, labels, position = self.dataset.batch(first, self.share, seed=self.config.seed)
         images, position = images.to(self.device, non_blocking=True), position.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         flip = kernels.uniform(self.seed, position, stream=FLIP_STREAM) < 0.5 if self.config.flip else None
         return Batch(images, labels, self.seed, position, flip)
 
     def losses(self, batch: Batch, values: StepValues) -> Tensor:
-        """The per-sample loss [B] fp32 of the configured method."""
-        return self.method_loss(batch, values)
+        """The configured method's loss of each sample, as its part of the batch's mean and times the loss scale: [B] fp32."""
+        factor = self.share_of_batch if self.loss_scale is None else self.share_of_batch * self.loss_scale.value
+        return self.method_loss(batch, values, factor)
 
     def train_step(self) -> StepValues:
         """Algorithms 2 and 3 of Consistency Models: draw images, noise and a pair of levels; descend; update target and averages."""
         values = step_values(self.config, self.nimg)
         self._set_scalars(values)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        loss = self.losses(self.next_batch(), values).mean()
-        loss.backward()
+        self.loss = self._descend(values)
         norms = [optimizer.gradient_norm() for optimizer in self.optimizers.values()]
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         for optimizer in self.optimizers.values():
             optimizer.step(lr=self.lr, mu=self.mu, ema_decays=self.ema_decays, grad_norm=self.grad_norm)
-        self.loss = loss.detach()
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.grad_norm)
         self._count_nonfinite()
         self.step += 1
         self.nimg += self.config.batch
         return values
+
+    def _descend(self, values: StepValues) -> Tensor:
+        """Fills the flat gradients with those of the whole batch's mean loss, and returns that loss, in every process the same."""
+        while True:
+            loss = self._own_gradients(values)
+            if self.reduction is not None:
+                self.reduction.finish()
+            (ran_out,) = self.processes.agree(int(loss is None))
+            if not ran_out:
+                break
+            self._halve_microbatch()
+        loss = self.processes.sum(loss)
+        if self.loss_scale is not None:
+            unscale = self.loss_scale.value.reciprocal()
+            for optimizer in self.optimizers.values():
+                optimizer.collected.mul_(unscale)
+            loss = loss * unscale[0]
+        return loss
+
+    def _own_gradients(self, values: StepValues) -> Tensor | None:
+        """The sum of this process's losses, after its backward passes; None where memory ran out."""
+        try:
+            return self._passes(values)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if self.device.type == "cuda":  # after the handler, which holds the failed pass's tensors
+            torch.cuda.empty_cache()
+        return None
+
+    def _passes(self, values: StepValues) -> Tensor:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        batch = self.next_batch()
+        for start in range(0, self.share, self.microbatch):
+            last = start + self.microbatch >= self.share
+            if last and self.reduction is not None:
+                self.reduction.arm()
+            loss = self.losses(piece(batch, start, self.microbatch), values).sum()
+            loss.backward()
+            total += loss.detach()
+            if not (last and self.reduction is not None):
+                for optimizer in self.optimizers.values():
+                    optimizer.collect()
+        return total
+
+    def _halve_microbatch(self) -> None:
+        if self.microbatch == 1:
+            raise RunError(
+                "out of memory with one image at a time in --microbatch: 1. "
+                "Use --set network.checkpoint=true, --precision bf16 or a smaller network; the last checkpoint is kept."
+            )
+        self.set_microbatch(-(-self.microbatch // 2))
+        if self.processes.is_writer:
+            print(
+                f"fastcm: out of memory: from here on {self.microbatch} images at a time (--microbatch {self.microbatch}); "
+                "batch and order stay as they are",
+                file=sys.stderr,
+            )
 
     def _set_scalars(self, values: StepValues) -> None:
         self.lr.fill_(values.lr)
@@ -103,14 +183,16 @@ class Trainer:
             self.ema_decays[index] = decay
 
     def _count_nonfinite(self) -> None:
-        skipped = ~torch.isfinite(self.grad_norm)
-        self.nonfinite_in_a_row = (self.nonfinite_in_a_row + 1) * skipped
-        self.nonfinite_longest = torch.maximum(self.nonfinite_longest, self.nonfinite_in_a_row)
+        now, longest = self.nonfinite
+        now = (now + 1) * ~torch.isfinite(self.grad_norm[0])
+        self.nonfinite = torch.stack((now, torch.maximum(longest, now)))
 
     def progress(self, values: StepValues, images_per_s: float) -> Progress:
         """Reads the device: call it at log lines only. Raises RunError where training has stopped making updates."""
         skipped = self.step - int(self.optimizer.steps_taken)
-        if int(self.nonfinite_longest) >= NONFINITE_LIMIT:
+        if self.loss_scale is not None:  # whose search for a scale that fits skips as many updates as it takes
+            self.loss_scale.check()
+        elif int(self.nonfinite[1]) >= NONFINITE_LIMIT:
             raise RunError(
                 f"loss or gradient not finite in {NONFINITE_LIMIT} steps in a row in --lr: {self.config.optimizer.lr}. "
                 "The weights are those of the last finite step; lower --lr or use --precision fp32."
@@ -133,29 +215,63 @@ class Trainer:
         parts = {
             f"{prefix}{role}": tensors for prefix, optimizer in self.optimizers.items() for role, tensors in optimizer.state_dict().items()
         }
-        parts["counters"]["nonfinite"] = torch.cat([self.nonfinite_in_a_row, self.nonfinite_longest])
-        return parts, {"step": self.step, "nimg": self.nimg, "threads": torch.get_num_threads()}
+        parts["counters"]["nonfinite"] = self.nonfinite
+        if self.loss_scale is not None:
+            parts["counters"]["loss_scale_exponent"] = self.loss_scale.exponent
+        return parts, {"step": self.step, "nimg": self.nimg, "threads": torch.get_num_threads(), "processes": self.processes.size}
 
     def restore(self, parts: dict[str, dict[str, Tensor]], state: dict) -> None:
         for prefix, optimizer in self.optimizers.items():
             optimizer.load_state_dict({name.removeprefix(prefix): part for name, part in parts.items() if name.startswith(prefix)})
-        nonfinite = parts["counters"]["nonfinite"].to(self.device)
-        self.nonfinite_in_a_row, self.nonfinite_longest = nonfinite[:1].clone(), nonfinite[1:].clone()
+        self.nonfinite.copy_(parts["counters"]["nonfinite"])
+        if self.loss_scale is not None:
+            self.loss_scale.exponent.copy_(parts["counters"]["loss_scale_exponent"])
         self.step, self.nimg = state["step"], state["nimg"]
 
+    def tensors(self) -> list[Tensor]:
+        """What every process holds alike, in one order."""
+        shared = [tensor for optimizer in self.optimizers.values() for tensor in optimizer.tensors()]
+        return [*shared, self.nonfinite, *([] if self.loss_scale is None else [self.loss_scale.exponent])]
+
+    def follow_writer(self) -> None:
+        """At the start of a run, new or resumed: every process takes the weights, averages and counters of the writer."""
+        self.step, self.nimg = self.processes.from_writer([self.step, self.nimg])
+        self.processes.copy_from_writer([*self.tensors(), *self.optimizer.student.buffers()])
+        for optimizer in self.optimizers.values():
+            optimizer.refresh()
+
+    def check_same(self) -> None:
+        """RunError where the processes' weights, moments or averages have come apart."""
+        self.processes.check_same([tensor for optimizer in self.optimizers.values() for tensor in optimizer.buffers.values()])
+
     def train(self, *, log_every_s: float, on_log: Callable[[Progress], None], on_step: Callable[[], bool]) -> None:
-        """Steps until the run's total or until `on_step` returns False. on_log sees the device's figures every log_every_s seconds."""
+        """Steps until the run's total or until `on_step` returns False.
+
+        In the writer's process on_log sees the device's figures every log_every_s seconds.
+        """
         self.optimizer.check_views()
         began, began_nimg = time.monotonic(), self.nimg
         while self.nimg < self.total_nimg:
             values = self.train_step()
             now = time.monotonic()
             done = self.nimg >= self.total_nimg
-            if done or now - began >= log_every_s:
+            if self.processes.is_writer and (done or now - began >= log_every_s):
                 on_log(self.progress(values, (self.nimg - began_nimg) / max(now - began, 1e-9)))
                 began, began_nimg = time.monotonic(), self.nimg
             if not on_step():
                 return
+
+
+def piece(batch: Batch, start: int, images: int) -> Batch:
+    """Some of a batch's images with what belongs to them."""
+    part = slice(start, start + images)
+    labels, flip = (None if tensor is None else tensor[part] for tensor in (batch.labels, batch.flip))
+    return Batch(batch.images[part], labels, batch.seed, batch.position[part], flip)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error on CUDA; a message of its allocator on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 Callback = Callable[[Progress, Trainer], None]

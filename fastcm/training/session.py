@@ -1,0 +1,167 @@
+"""What happens around the steps of a run: resume, log, samples, evaluation, checkpoints, the end; by the writer, while the others wait."""
+
+import contextlib
+import copy
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastcm.consistency.denoiser import Denoiser
+from fastcm.generation.generator import Generator
+from fastcm.training.checkpoint import newest_checkpoint, save_checkpoint
+from fastcm.training.monitor import Monitor
+from fastcm.training.run_folder import RunFolder
+from fastcm.training.signals import StopRequest
+from fastcm.training.trainer import Callbacks, Progress, Trainer
+from fastcm.weights.model_folder import save_model
+
+LOG_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the run stands: its model folder, its images seen, and the signal that stopped it early, if one did."""
+
+    model: Path
+    nimg: int
+    total_nimg: int
+    signal: int | None
+
+
+class Session:
+    """One run of the trainer. folder: the run folder, open in the writer's process; None in the others, which write nothing."""
+
+    def __init__(self, trainer: Trainer, out: Path, folder: RunFolder | None, callbacks: Callbacks):
+        self.trainer, self.out, self.folder, self.callbacks = trainer, out, folder, callbacks
+        self.config, self.processes = trainer.config, trainer.processes
+        self.best: dict | None = None
+        self.signal: int | None = None
+        if self.folder is not None:
+            self._resume()
+            self.monitor = Monitor(self.folder, trainer)
+        trainer.follow_writer()
+        self.saved_nimg = self.trainer.nimg if self.trainer.step else -1
+        self.saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        found = newest_checkpoint(self.folder.checkpoints)
+        for note in self.folder.notes:
+            print(f"fastcm: {note}", file=sys.stderr)
+        if found is None:
+            self.folder.cut_log(-1)
+            return
+        parts, state = found
+        for what, now in (("threads", torch.get_num_threads()), ("processes", self.processes.size)):
+            before = state.get(what, 1)
+            if before != now:
+                warnings.warn(f"resumed with {now} {what}, not {before}: sums differ in the last bits", stacklevel=2)
+        self.trainer.restore(parts, state)
+        self.best = state.get("best")
+        self.folder.cut_log(self.trainer.nimg)
+        print(
+            f"fastcm: resumed at {self.trainer.nimg / 1000:g} of {self.trainer.total_nimg / 1000:g} kimg in {self.folder.path}",
+            file=sys.stderr,
+        )
+
+    def train(self) -> RunResult:
+        trainer = self.trainer
+        with StopRequest() as self.request, self.monitor if self.folder is not None else contextlib.nullcontext():
+            trainer.train(log_every_s=LOG_EVERY_S, on_log=self._log, on_step=self._between_steps)
+            if self.saved_nimg != trainer.nimg:
+                self._checkpoint()
+            if self.folder is not None:
+                if self.signal is None:
+                    self.monitor.finish(self._generator())
+                self._save_models(self.folder.path, "model")
+        self.processes.barrier()
+        return RunResult(self.out / "model", trainer.nimg, trainer.total_nimg, self.signal)
+
+    def _log(self, progress: Progress) -> None:
+        self.monitor.log(progress)
+        for callback in self.callbacks:
+            callback(progress, self.trainer)
+
+    def _between_steps(self) -> bool:
+        """Whether to go on; samples, evaluates and saves where they are due. Every process comes to the same answers."""
+        nimg, config = self.trainer.nimg, self.config
+        signal, save = self.processes.agree(self.request.signal or 0, int(self._save_is_due()))
+        sample = _due(nimg, config.batch, config.sample_every_kimg)
+        evaluate = _due(nimg, config.batch, config.evaluate_every_kimg)
+        if self.folder is not None:
+            self.monitor.advance(nimg)
+            if sample:
+                self.monitor.sample(self._generator())
+            if evaluate:
+                self._evaluate()
+        if save:
+            self._checkpoint()
+        if sample or evaluate or save:
+            self.processes.barrier()
+        self.signal = signal or None
+        return self.signal is None
+
+    def _save_is_due(self) -> bool:
+        """By the writer's clock."""
+        return self.folder is not None and time.monotonic() - self.saved_at >= self.config.checkpoint_every_s
+
+    def _checkpoint(self) -> None:
+        self.trainer.check_same()
+        if self.folder is not None:
+            parts, state = self.trainer.state()
+            save_checkpoint(self.folder.checkpoints, step=self.trainer.step, parts=parts, state={**state, "best": self.best})
+        self.saved_nimg, self.saved_at = self.trainer.nimg, time.monotonic()
+
+    def _evaluate(self) -> None:
+        figures = self.monitor.evaluate(self._generator())
+        if self.best is None or figures["score"] < self.best["score"]:
+            self.best = {"nimg": self.trainer.nimg, **figures}
+            self._save_models(self.folder.path, "best")
+
+    def _averaged(self, index: int) -> dict[str, Tensor]:
+        """The network's state dict with an average in the place of the weights; buffers are the student's."""
+        average = self.trainer.optimizer.average(index)
+        state = self.trainer.optimizer.student.state_dict()
+        return {name: average[name] if name in average else tensor.clone() for name, tensor in state.items()}
+
+    def _generator(self) -> Generator:
+        """A generator with the first average, in weights of its own, to be dropped after use."""
+        network = copy.deepcopy(self.trainer.optimizer.student).float().requires_grad_(False)
+        network.load_state_dict(self._averaged(0))
+        return Generator(Denoiser(network, self.config.noise), self.info(0), device=str(self.trainer.device), precision="fp32")
+
+    def info(self, index: int) -> dict:
+        """The facts of average `index`'s model folder beside network and preconditioning."""
+        dataset, config = self.trainer.dataset, self.config
+        training = {
+            "preset": config.preset,
+            "method": config.method,
+            "data": config.data,
+            "dataset": dataset.fingerprint,
+            "nimg": self.trainer.nimg,
+            "seed": config.seed,
+            "ema_halflife_kimg": config.optimizer.ema_halflife_kimg[index],
+        }
+        return {
+            "classes": list(dataset.class_names) if dataset.class_names else None,
+            "resolution": dataset.resolution, "channels": dataset.channels,
+            "training": training, "sampling": config.sampling, "licence": None,
+        }  # fmt: skip
+
+    def _save_models(self, folder: Path, name: str) -> None:
+        """Writes the first average as the model folder `name`, and each other one as `name`-ema-<half-life>kimg."""
+        for index, halflife in enumerate(self.config.optimizer.ema_halflife_kimg):
+            path = folder / (name if index == 0 else f"{name}-ema-{halflife:g}kimg")
+            save_model(path, Denoiser(self.trainer.optimizer.student, self.config.noise), self.info(index), state=self._averaged(index))
+
+
+def _due(nimg: int, batch: int, every_kimg: float | None) -> bool:
+    """Whether the step that ended at nimg crossed a multiple of every_kimg."""
+    if every_kimg is None:
+        return False
+    every = every_kimg * 1000
+    return nimg // every > (nimg - batch) // every
