@@ -11,10 +11,11 @@ from torch import nn
 from fastcm import networks, presets
 from fastcm.api import load, load_denoiser
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.errors import InputError
+from fastcm.errors import InputError, nearest
 from fastcm.generation.generator import Generator
-from fastcm.training.config import TrainConfig, override
-from fastcm.training.data import Dataset, open_dataset
+from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
+from fastcm.training.config_file import read_config_file
+from fastcm.training.data import BUILT_IN, Dataset, open_dataset
 from fastcm.training.parallel import Processes, joined
 from fastcm.training.run import RunResult, check_network, run
 from fastcm.training.trainer import Callbacks
@@ -23,13 +24,14 @@ from fastcm.weights.model_folder import network_config
 Source = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 # Options of `train` that name a field of TrainConfig otherwise than the field.
 OPTION_FIELDS = {"lr": "optimizer.lr"}
+PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
 
 
 class Plan(NamedTuple):
-    """A run that is ready to start: everything opened and checked, nothing created."""
+    """A run that is ready to start: everything opened and checked, nothing created. dataset is None in a plan without data."""
 
     config: TrainConfig
-    dataset: Dataset
+    dataset: Dataset | None
     out: Path
     network: nn.Module | None
     teacher: tuple[Denoiser, dict] | None
@@ -39,31 +41,46 @@ class Plan(NamedTuple):
 def plan(
     preset: str | None = None, *, method: str | None = None, data: Source | None = None, teacher: str | None = None,
     out: str | Path | None = None, network: nn.Module | None = None, changes: dict[str, Any] | None = None,
+    config_file: str | Path | None = None, complete: bool = True,
 ) -> Plan:  # fmt: skip
     """Resolves a run. changes: fields of TrainConfig, dotted for nested ones (`network.channels`), or the options' names (`lr`).
 
-    Raises InputError naming the option at fault.
+    config_file: settings in TOML or JSON, which the other arguments override. complete=False: a plan to look at, which may lack the data
+    set of a published preset and the teacher. Raises InputError naming the option at fault.
     """
-    changes = {OPTION_FIELDS.get(name, name): value for name, value in (changes or {}).items() if value is not None}
+    changes = {name: value for name, value in (changes or {}).items() if value is not None}
+    written = {} if config_file is None else read_config_file(config_file)
+    preset, method, data, teacher, out = (
+        written.pop(name, None) if given is None else given
+        for name, given in (("preset", preset), ("method", method), ("data", data), ("teacher", teacher), ("out", out))
+    )
+    written = {name: value for name, value in written.items() if name not in PLAN_ARGUMENTS and value is not None}
+    changes = {OPTION_FIELDS.get(name, name): value for name, value in {**written, **changes}.items()}
     name = preset or ("folder" if data is not None else presets.DEFAULT)
     if name not in presets.PRESETS:
         presets.preset(name, method=method)  # raises, with a suggestion
-    if name == "folder" and data is None:
-        raise InputError("missing option for the preset folder: --data. Name a folder of pictures or an .npz file.")
     resolution = changes.pop("resolution", None)
-    source = data if data is not None else name
     if name != "folder" and resolution is None:
         resolution = presets.preset(name, method=None).resolution
-    dataset = open_dataset(source, resolution=resolution, bad_images=changes.get("bad_images", "fail"))
-    label = str(source) if isinstance(source, (str, Path)) else dataset.name
+    source = name if data is None and name in BUILT_IN else data
+    if source is None and (complete or name == "folder"):
+        raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
+    dataset = None if source is None else open_dataset(source, resolution=resolution, bad_images=changes.get("bad_images", "fail"))
+    label = str(source) if dataset is None or isinstance(source, (str, Path)) else dataset.name
     arguments = {"dataset": dataset, "data": label} if name == "folder" else {}
     config = presets.preset(name, method=method, teacher=teacher, **arguments)
+    kind = changes.pop("network.kind", config.network["kind"])
+    if kind != config.network["kind"]:
+        config = replace(config, network=of_kind(config.network, kind))
     config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network))
-    check_data(config, dataset, custom=network is not None)
+    if dataset is not None:
+        check_data(config, dataset, custom=network is not None)
     if network is not None:
         check_network(network)
         config = replace(config, network=network_config(network))
     opened = [None if source is None else load_denoiser(source) for source in (config.teacher, config.init)]
+    if complete and config.method in TAUGHT_METHODS and config.teacher is None:
+        raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
     if config.teacher is not None and opened[0][0].preconditioning.form != "edm":
         raise InputError(f"not a diffusion model in --teacher: {config.teacher}. Train one with --method edm.")
     own_method = presets.preset(name, method=None, **arguments).method
@@ -75,6 +92,15 @@ def network_fields(network: dict[str, Any]) -> tuple[str, ...]:
     """The settings that the network's kind has."""
     config_class, _ = networks.KINDS[network["kind"]]
     return tuple(f.name for f in fields(config_class))
+
+
+def of_kind(network: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Settings of another kind of network for the same images and classes, its own defaults otherwise."""
+    if kind not in networks.KINDS:
+        raise InputError(f"unknown network in network.kind: {kind}. Choose one of {', '.join(networks.KINDS)}.{nearest(kind, networks.KINDS)}")
+    known = network_fields({"kind": kind})
+    shared = ("resolution", "in_channels", "out_channels", "channels", "channel_mult", "num_classes")
+    return {"kind": kind, **{name: network[name] for name in shared if name in network and name in known}}
 
 
 def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:

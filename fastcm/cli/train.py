@@ -9,17 +9,22 @@ from pathlib import Path
 from fastcm.errors import InputError
 
 KIMG = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)(img|kimg|mimg)?", re.IGNORECASE)
+SCHEDULE_ROWS = 8
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
 
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a model, or resume the run", description=__doc__)
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="a published run: digits (default), or folder (default with --data)")
     parser.add_argument(
-        "--method", help="edm (diffusion teacher), cd (distillation), ct, ict (training from data); the preset's own by default"
+        "preset", nargs="?", metavar="PRESET", help="a published run, as imagenet64: digits by default, folder with --data (docs/presets.md)"
     )
+    parser.add_argument(
+        "--method",
+        help="edm (diffusion teacher), cd, scd (distillation), ct, ict, sct (from data), ect (tuning); the preset's own by default",
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
     parser.add_argument("--data", metavar="SRC", help="a folder of pictures (class = subfolder), an .npz, or digits")
-    parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd distils")
+    parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils")
     parser.add_argument("--init", metavar="MODEL", help="start from this model's weights")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder; runs/PRESET, or runs/PRESET-METHOD, by default")
     parser.add_argument(
@@ -29,7 +34,7 @@ def add(subparsers) -> None:
     parser.add_argument("--microbatch", type=int, metavar="N", help="images at a time in each process; halved where memory runs out")
     parser.add_argument("--seed", type=int, help="the seed of weights, noise, levels and order")
     parser.add_argument("--device", help="auto, cpu or cuda")
-    parser.add_argument("--precision", help="auto, fp32 or bf16")
+    parser.add_argument("--precision", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--lr", type=float, help="the peak learning rate")
     parser.add_argument("--resolution", type=int, metavar="N", help="side of the pictures after crop and resize")
     parser.add_argument("--compile", help="auto, on or off: torch.compile of the network")
@@ -40,7 +45,8 @@ def add(subparsers) -> None:
     parser.add_argument("--checkpoint-every", metavar="T", type=seconds, help="time between checkpoints, as 30s or 10m")
     parser.add_argument("--evaluate-every", metavar="N", type=kimg, help="images between two measurements; the best model is kept in best/")
     parser.add_argument("--sample-every", metavar="N", type=kimg, help="images between two sample grids")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--lpips-weights", metavar="FILE", help="VGG16's state dict, for objective.distance=lpips")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and schedule, and stop")
 
 
 def kimg(text: str) -> float:
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if processes.is_writer:
             print_plan(ready)
             if args.dry_run:
+                print_schedule(ready.config)
                 print(json.dumps(ready.config.as_dict(), indent=1))
         if args.dry_run:
             return 0
@@ -91,7 +98,10 @@ def plan(args: argparse.Namespace):
     """The run that the options describe, opened and checked."""
     from fastcm import runs
 
-    return runs.plan(args.preset, method=args.method, data=args.data, teacher=args.teacher, out=args.out, changes=changes(args))
+    return runs.plan(
+        args.preset, method=args.method, data=args.data, teacher=args.teacher, out=args.out, changes=changes(args),
+        config_file=args.config, complete=not args.dry_run,
+    )  # fmt: skip
 
 
 def changes(args: argparse.Namespace) -> dict:
@@ -102,7 +112,7 @@ def changes(args: argparse.Namespace) -> dict:
         "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "seed": args.seed, "device": args.device,
         "microbatch": args.microbatch,
         "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile, "bad_images": args.bad_images,
-        "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
+        "lpips_weights": args.lpips_weights, "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
     }  # fmt: skip
     for setting in args.settings:
         name, equals, value = setting.partition("=")
@@ -115,10 +125,24 @@ def changes(args: argparse.Namespace) -> dict:
 def print_plan(ready) -> None:
     """What was chosen, in three lines."""
     config, dataset = ready.config, ready.dataset
-    classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ", no classes"
-    print(f"data     {config.data}: {len(dataset):,} pictures, {dataset.channels}x{dataset.resolution}x{dataset.resolution}{classes}")
+    if dataset is not None:
+        classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ", no classes"
+        print(f"data     {config.data}: {len(dataset):,} pictures, {dataset.channels}x{dataset.resolution}x{dataset.resolution}{classes}")
     optimizer = f"{config.optimizer.kind} {config.optimizer.lr:g}"
     print(f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {optimizer}")
     network = {name: value for name, value in config.network.items() if name not in ("in_channels", "out_channels")}
     print(f"network  {' '.join(f'{name}={value}' for name, value in network.items())}")
     print(f"out      {ready.out}", flush=True)
+
+
+def print_schedule(config) -> None:
+    """Parameters and what changes over the run: learning rate, N (ECT's stage), mu, the warm-up of the tangent, in eighths of the run."""
+    from fastcm import networks
+    from fastcm.training.schedule import step_values
+
+    print(f"weights  {networks.parameter_count(config.network):,} parameters")
+    print("schedule    kimg      lr     N      mu  warm-up")
+    for row in range(SCHEDULE_ROWS + 1):
+        nimg = round(config.duration_kimg * 1000 * row / SCHEDULE_ROWS)
+        values = step_values(config, nimg)
+        print(f"{nimg / 1000:16g}  {values.lr:6.2g}  {values.steps:4d}  {values.mu:6.4f}  {values.tangent_warmup:7.2f}")

@@ -1,5 +1,6 @@
 """Networks F(x, c_noise, labels): plain modules that never see sigma."""
 
+import torch
 from torch import nn
 
 from fastcm.errors import InputError, nearest
@@ -20,3 +21,11 @@ def build(kind: str, options: dict) -> nn.Module:
             remedy = nearest(name, fields) or f" The {kind} network has {', '.join(fields)}."
             raise InputError(f"unknown option in network.{name}: {options[name]!r}.{remedy}")
     return network_class(config_class(**options))
+
+
+def parameter_count(settings: dict) -> int:
+    """The number of weights of a network with these settings ("kind" and options), without allocating them."""
+    options = dict(settings)
+    with torch.device("meta"):
+        network = build(options.pop("kind"), options)
+    return sum(parameter.numel() for parameter in network.parameters())

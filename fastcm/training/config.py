@@ -192,10 +192,7 @@ class TrainConfig:
         for name in ("evaluate_every_kimg", "sample_every_kimg"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0, open_low=True)
-        taught = self.method in TAUGHT_METHODS
-        if taught and self.teacher is None:
-            raise InputError(f"missing option for --method {self.method}: --teacher. Name a diffusion model made by --method edm.")
-        if not taught and self.teacher is not None:
+        if self.method not in TAUGHT_METHODS and self.teacher is not None:
             raise InputError(
                 f"unused option with --method {self.method}: --teacher {self.teacher}. "
                 f"Only {' and '.join(TAUGHT_METHODS)} read a teacher; use --init to start from it."
