@@ -56,7 +56,7 @@ class LPIPS(nn.Module):
             raise ValueError(f"x and y: {tuple(x.shape)} and {tuple(y.shape)}. Give images of one shape.")
         total = x.new_zeros(x.shape[0])
         for tap, (a, b) in enumerate(zip(self.taps(x), self.taps(y), strict=True)):
-            total = total + (_unit(a) - _unit(b)).square().mean((2, 3)) @ getattr(self, f"linear_{tap}")
+            total = total + (unit_length(a) - unit_length(b)).square().mean((2, 3)) @ getattr(self, f"linear_{tap}")
         return total
 
     def taps(self, images: Tensor) -> list[Tensor]:
@@ -83,6 +83,7 @@ def feature_weights(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: trunk[prefix + name].detach().float() for name in names}
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Each pixel's features over their norm. Where no feature fires they stay 0, and so does their gradient: vector_norm sees to it."""
+def unit_length(features: Tensor) -> Tensor:
+    """Features [B, C, ...] over their norm along the channels. Where none fires they stay 0, and so does their gradient: vector_norm
+    sees to it."""
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS)

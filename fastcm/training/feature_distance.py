@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcm.consistency.lpips import unit_length
 from fastcm.errors import InputError
 from fastcm.evaluation.features import LARGEST_SIDE, JudgeNetwork, train_judge
 from fastcm.training.config import TrainConfig
@@ -34,11 +35,6 @@ class ClassifierDistance(nn.Module):
                 difference = (unit_length(x) - unit_length(y)).square().sum(dim=1)
                 total = total + difference.reshape(len(x), -1).mean(dim=1)
         return total
-
-
-def unit_length(features: Tensor) -> Tensor:
-    """Features [B, C, ...] divided by their length over the channels."""
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
 def feature_distance(config: TrainConfig, dataset: Dataset) -> nn.Module | None:
