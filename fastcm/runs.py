@@ -15,7 +15,7 @@ from fastcm.errors import InputError, nearest
 from fastcm.generation.generator import Generator
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
 from fastcm.training.config_file import read_config_file
-from fastcm.training.data import BUILT_IN, Dataset, open_dataset
+from fastcm.training.data import Dataset, open_dataset
 from fastcm.training.parallel import Processes, joined
 from fastcm.training.run import RunResult, check_network, run
 from fastcm.training.trainer import Callbacks
@@ -60,13 +60,17 @@ def plan(
     if name not in presets.PRESETS:
         presets.preset(name, method=method)  # raises, with a suggestion
     resolution = changes.pop("resolution", None)
-    if name != "folder" and resolution is None:
-        resolution = presets.preset(name, method=None).resolution
-    source = name if data is None and name in BUILT_IN else data
+    own = None if name == "folder" else presets.preset(name, method=None)
+    if own is not None and resolution is None:
+        resolution = own.resolution
+    source = data if data is not None or own is None else own.data or None
     if source is None and (complete or name == "folder"):
         raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
-    dataset = None if source is None else open_dataset(source, resolution=resolution, bad_images=changes.get("bad_images", "fail"))
-    label = str(source) if dataset is None or isinstance(source, (str, Path)) else dataset.name
+    unlabelled = own is not None and changes.get("network.num_classes", own.network["num_classes"]) is None
+    dataset = None if source is None else open_dataset(
+        source, resolution=resolution, classes=0 if unlabelled else None, bad_images=changes.get("bad_images", "fail")
+    )  # fmt: skip
+    label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
     arguments = {"dataset": dataset, "data": label} if name == "folder" else {}
     config = presets.preset(name, method=method, teacher=teacher, **arguments)
     kind = changes.pop("network.kind", config.network["kind"])
@@ -83,7 +87,7 @@ def plan(
         raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
     if config.teacher is not None and opened[0][0].preconditioning.form != "edm":
         raise InputError(f"not a diffusion model in --teacher: {config.teacher}. Train one with --method edm.")
-    own_method = presets.preset(name, method=None, **arguments).method
+    own_method = presets.preset(name, method=None, **arguments).method if own is None else own.method
     default_out = Path("runs") / (name if config.method == own_method else f"{name}-{config.method}")
     return Plan(config, dataset, Path(out) if out is not None else default_out, network, *opened)
 
@@ -97,7 +101,8 @@ def network_fields(network: dict[str, Any]) -> tuple[str, ...]:
 def of_kind(network: dict[str, Any], kind: str) -> dict[str, Any]:
     """Settings of another kind of network for the same images and classes, its own defaults otherwise."""
     if kind not in networks.KINDS:
-        raise InputError(f"unknown network in network.kind: {kind}. Choose one of {', '.join(networks.KINDS)}.{nearest(kind, networks.KINDS)}")
+        choices = ", ".join(networks.KINDS)
+        raise InputError(f"unknown network in network.kind: {kind}. Choose one of {choices}.{nearest(kind, networks.KINDS)}")
     known = network_fields({"kind": kind})
     shared = ("resolution", "in_channels", "out_channels", "channels", "channel_mult", "num_classes")
     return {"kind": kind, **{name: network[name] for name in shared if name in network and name in known}}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fastcm.presets.settings import PublishedRun, objective, published
+from fastcm.presets.settings import TRIGFLOW_TWO_STEP, PublishedRun, objective, published
 from fastcm.training.config import TrainConfig
 
 _SONG = {
@@ -20,18 +20,20 @@ _EDM = PublishedRun(
 # Song et al. 2023, Table 3. With mu = 0 the target is the student itself.
 _CD = PublishedRun(
     network=_NCSNPP, objective=replace(objective("cd"), distance="lpips", mu_schedule="zero"), steps=800_000, batch=512, lr=4e-4,
-    ema_decays=(0.9999,),
+    ema_decays=(0.9999,), two_step=0.585,
 )  # fmt: skip
-_CT = replace(_CD, objective=replace(objective("ct"), distance="lpips"))
+_CT = replace(_CD, objective=replace(objective("ct"), distance="lpips"), two_step=None)
 _ICT = PublishedRun(
     network={**_NCSNPP, "fourier_scale": 0.02, "dropout": 0.3}, objective=replace(objective("ict"), s1=1280), steps=400_000, batch=1024,
-    lr=1e-4, ema_decays=(0.99993,),
+    lr=1e-4, ema_decays=(0.99993,), two_step=0.821,
 )  # fmt: skip
 _ECT = PublishedRun(
     network={**_DDPMPP, "dropout": 0.2}, objective=objective("ect"), steps=200_000, batch=128, lr=1e-4, ema_decays=(0.9999,), flip=False,
+    two_step=0.821,
 )  # fmt: skip
 _SCD = PublishedRun(
     network=_DDPMPP, objective=objective("scd"), steps=400_000, batch=512, lr=1e-4, betas=(0.9, 0.99), ema_halflife_kimg=(500.0,),
+    two_step=TRIGFLOW_TWO_STEP,
 )  # fmt: skip
 _SCT = replace(_SCD, network={**_DDPMPP, "dropout": 0.2}, objective=objective("sct"))
 

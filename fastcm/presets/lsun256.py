@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fastcm.presets.settings import PublishedRun, objective, published
 from fastcm.training.config import TrainConfig
+from fastcm.weights.openai import TWO_STEP_SIGMAS
 
 _ADM = {
     "kind": "adm", "resolution": 256, "in_channels": 3, "out_channels": 3, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2,
@@ -20,15 +21,18 @@ _EDM = PublishedRun(
 _CD = PublishedRun(
     network=_ADM, objective=replace(objective("cd"), distance="lpips", s0=40, s1=40, mu_schedule="fixed", mu0=0.95), steps=600_000,
     batch=2048, lr=1e-5, ema_decays=(_LARGE_DECAY,), precision="fp16",
+    two_step=TWO_STEP_SIGMAS["cd_bedroom256_lpips"],
 )  # fmt: skip
-_CT = replace(_CD, objective=replace(objective("ct"), distance="lpips", mu0=0.95), steps=1_000_000)
+_CT = replace(
+    _CD, objective=replace(objective("ct"), distance="lpips", mu0=0.95), steps=1_000_000, two_step=TWO_STEP_SIGMAS["ct_bedroom256"]
+)
 
 
 def lsun256(method: str = "ct", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
     """LSUN-256 as Song et al. 2023 print it (Table 3 and Appendix C), with LPIPS.
 
     edm: 600k steps are Bedroom's; Cat had 300k (--duration 614400kimg). cd: for Bedroom the paper found no average of the weights to
-    work better than the one its table gives.
+    work better than the one its table gives. The levels of two steps are Bedroom's.
     """
     return published("lsun256", method, {"edm": _EDM, "cd": _CD, "ct": _CT}, teacher=teacher, data=data)
 
@@ -53,5 +57,5 @@ def lsun256_code(method: str = "ct", *, teacher: str | None = None, data: str | 
 
 def lsun256_l2(method: str = "cd", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
     """Distillation on LSUN-256 by the squared distance (Song et al. 2023, section 6.1): the run of lsun256 with l2 for LPIPS."""
-    runs = {"cd": replace(_CD, objective=replace(_CD.objective, distance="l2"))}
+    runs = {"cd": replace(_CD, objective=replace(_CD.objective, distance="l2"), two_step=TWO_STEP_SIGMAS["cd_bedroom256_l2"])}
     return published("lsun256-l2", method, runs, teacher=teacher, data=data)

@@ -9,6 +9,8 @@ from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest
 from fastcm.training.config import BOUNDARY_METHODS, METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
 
+TRIGFLOW_TWO_STEP = 0.5 * math.tan(1.1)  # sigma of the second of scd's and sct's two steps, t = 1.1 (Lu and Song 2024, Appendix G)
+
 
 def objective(method: str) -> ObjectiveConfig:
     """The method's published loss, without what depends on the data set.
@@ -61,8 +63,8 @@ def check_method(preset: str, method: str, known: Collection[str]) -> None:
 class PublishedRun:
     """A run in its authors' units: steps of `batch` images, averages by their decay per step.
 
-    ema_decays: the first is the model's. ema_halflife_kimg replaces them where a paper gives half-lives. The other fields are those of
-    TrainConfig and OptimizerConfig; published runs decay no learning rate and no weights.
+    ema_decays: the first is the model's. ema_halflife_kimg replaces them where a paper gives half-lives. two_step: the second noise level
+    of the published two-step samples. The other fields are TrainConfig's and OptimizerConfig's; no run decays its rate or its weights.
     """
 
     network: dict[str, Any]
@@ -79,6 +81,7 @@ class PublishedRun:
     lr_warmup_kimg: float = 0.0
     flip: bool = True
     precision: str = "fp32"
+    two_step: float | None = None
 
     def config(self, preset: str, method: str, *, teacher: str | None, data: str | None) -> TrainConfig:
         halflives = tuple(ema_halflife_kimg(decay, self.batch) for decay in self.ema_decays)
@@ -86,10 +89,12 @@ class PublishedRun:
             kind=self.optimizer, lr=self.lr, betas=self.betas, eps=self.eps, lr_warmup_kimg=self.lr_warmup_kimg,
             ema_halflife_kimg=halflives or self.ema_halflife_kimg, ema_rampup=self.ema_rampup,
         )  # fmt: skip
+        levels = noise(method, kind=self.network["kind"])
         return TrainConfig(
-            preset=preset, method=method, data=data or "", network=dict(self.network), noise=noise(method, kind=self.network["kind"]),
+            preset=preset, method=method, data=data or "", network=dict(self.network), noise=levels,
             objective=self.objective, optimizer=optimizer, duration_kimg=self.steps * self.batch / 1000, batch=self.batch,
             resolution=self.network["resolution"], flip=self.flip, precision=self.precision, teacher=teacher, checkpoint_every_s=600.0,
+            sampling={} if self.two_step is None else {"2": [levels.sigma_max, self.two_step]},
         )  # fmt: skip
 
 
