@@ -34,6 +34,8 @@ def add(subparsers) -> None:
     parser.add_argument("--teacher", metavar="MODEL", help="a diffusion model whose trajectories self-consistency follows")
     parser.add_argument("--judge-seed", type=int, default=0, help="seed of the classifier whose features are used (0)")
     parser.add_argument("--search-steps", metavar="K", type=int, help="first search the noise levels of 2 to K steps")
+    grid = "levels of the Karras grid that are candidates (a run's own at its end, else 40)"
+    parser.add_argument("--search-grid", metavar="N", type=int, help=grid)
     parser.add_argument("--search-metric", default="fid", choices=list(SEARCH_METRICS), help="what the search improves (fid)")
     parser.add_argument("--save", action="store_true", help="write the levels that were found into the model, for --steps K to use")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for sampling")
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     versions = {"fastcm": __version__, "torch": torch.__version__}
     result["protocol"] |= {**data_facts(args, measured), **measured.facts, "versions": versions}
     print(report.text(result))
-    write_results(args, measured, result, galleries)
+    write_results(args, measured, result, world, galleries)
     return 0
 
 
@@ -189,7 +191,7 @@ def data_facts(args: argparse.Namespace, measured: Measured) -> dict:
     return {"data": args.data, "data_fingerprint": measured.dataset.fingerprint, "data_resize": rule}
 
 
-def write_results(args: argparse.Namespace, measured: Measured, result: dict, galleries: dict | None) -> None:
+def write_results(args: argparse.Namespace, measured: Measured, result: dict, world, galleries: dict | None) -> None:
     """The files that were asked for."""
     if args.json is not None:
         from fastcm.weights.model_folder import write_json
@@ -198,4 +200,4 @@ def write_results(args: argparse.Namespace, measured: Measured, result: dict, ga
     if args.report is not None:
         from fastcm.cli.evaluate_page import write_page
 
-        print(f"report in {write_page(args, measured, result, galleries)}")
+        print(f"report in {write_page(args, measured, result, world, galleries)}")

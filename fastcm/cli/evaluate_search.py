@@ -35,7 +35,7 @@ def search(args: argparse.Namespace, opened: Measured, world) -> None:
         row = measure(Samples("search", stream(generator, seeds, labels, "search", options), labels), narrow)
         return sign * (row[name]["mean"] if isinstance(row[name], dict) else row[name])
 
-    grid = timestep_search.candidates(generator.preconditioning)
+    grid = timestep_search.candidates(generator.preconditioning, args.search_grid or trained_levels(Path(args.model)))
     also = [generator.sigmas(steps) for steps in range(2, args.search_steps + 1)]
     journal = timestep_search.journal_path(cache_folder(None) / "evaluation", identity(args, opened, world, grid, count))
     found = timestep_search.greedy_search(objective, grid, steps=args.search_steps, journal=journal, also=also)
@@ -58,8 +58,23 @@ def check(args: argparse.Namespace, generator, world) -> None:
         raise InputError(f"fixed noise levels for --search-steps: {args.model}. Search on the folder that it was exported from.")
     if (args.sampler or default_sampler(generator.info)) != "consistency":
         raise InputError(f"a diffusion sampler with --search-steps: {args.model}. Levels are searched for consistency models.")
+    if args.search_grid is not None and not 3 <= args.search_grid <= 10_000:
+        raise InputError(f"illegal number of levels in --search-grid: {args.search_grid}. Use 3 to 10,000.")
     if args.search_metric not in world.metrics:
         raise InputError(f"a metric that is not measured in --search-metric: {args.search_metric}. Add it to --metrics.")
+
+
+def trained_levels(model: Path) -> int:
+    """How many noise levels the run ended with, or the usual number: between its own levels a network may be far worse than at them."""
+    from fastcm.api import is_run_folder
+    from fastcm.consistency.curriculum import discretization_steps
+    from fastcm.evaluation.timestep_search import GRID
+    from fastcm.weights.model_folder import read_json
+
+    objective = read_json(model / "config.json").get("objective", {}) if is_run_folder(model) else {}
+    if objective.get("curriculum") not in ("fixed", "progressive", "doubling"):
+        return GRID
+    return discretization_steps(objective["curriculum"], 1.0, s0=objective["s0"], s1=objective["s1"])
 
 
 def config_path(args: argparse.Namespace) -> Path:

@@ -1,0 +1,34 @@
+"""`fastcm evaluate --report DIR`: the page, with the curves of the run where the model is one."""
+
+import argparse
+import json
+from pathlib import Path
+
+from fastcm.cli.evaluate_sets import Measured
+
+
+def write_page(args: argparse.Namespace, measured: Measured, result: dict, world, galleries: dict) -> Path:
+    """Writes DIR/index.html, complete or absent, and returns its path."""
+    from fastcm.evaluation.page import Facts, page
+    from fastcm.weights.model_folder import write_text
+
+    classes = measured.generator.classes if measured.generator is not None else getattr(measured.dataset, "class_names", None)
+    facts = Facts(f"{Path(args.model).name} by fastcm", galleries, world.training, classes, run_log(Path(args.model)))
+    args.report.mkdir(exist_ok=True)
+    path = args.report / "index.html"
+    write_text(path, page(result, facts))
+    return path
+
+
+def run_log(model: Path) -> list[dict]:
+    """The rows of a run folder's log.jsonl; none for other models. A half-written last line is left out."""
+    path, rows = model / "log.jsonl", []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
