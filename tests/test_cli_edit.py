@@ -6,6 +6,7 @@ from PIL import Image
 from test_editing import colour_denoiser, picture
 
 from fastcm import cli
+from fastcm.generation.generator import Generator
 from fastcm.weights.model_folder import save_model
 
 
@@ -23,6 +24,8 @@ def folder(tmp_path, monkeypatch):
     Image.fromarray(mask).save("mask.png")
     Image.fromarray(0 * mask).save("black.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not")
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
+    np.save("flat.npy", np.zeros(8))
     return tmp_path
 
 
@@ -69,6 +72,15 @@ def test_tasks_from_the_command_line(folder, arguments):
     assert Image.open(f"{arguments[0]}-compare.png").size[0] > 128
 
 
+def test_denoise_takes_noise_beyond_the_range_of_pixels(folder):
+    noisy = np.random.default_rng(1).standard_normal((8, 8, 3)).astype(np.float32) * 2
+    np.save("noisy.npy", noisy)
+    assert edit("denoise", "model", "--image", "noisy.npy", "--sigma", "2", "--labels", "1") == 0
+    generator = Generator(colour_denoiser(), {"classes": ["ant", "bee", "cat"]}, device="cpu")
+    assert np.array_equal(np.array(Image.open("denoise.png")), generator.denoise(noisy, 2.0, 1)[0])
+    assert not np.array_equal(generator.denoise(noisy, 2.0, 1), generator.denoise(noisy.clip(-1, 1), 2.0, 1))
+
+
 def test_a_picture_in_colour_is_shown_beside_its_grey(folder):
     assert edit("colorize", "model", "--image", "small.png", "--seeds", "0-2", *FAST) == 0
     compare = Image.open("colorize-compare.png")
@@ -101,6 +113,9 @@ def test_interpolate_from_the_command_line(folder):
         (("inpaint", "model", "--image", "broken.png", "--box", "0,0,4,4"), "unreadable picture in --image: broken.png"),
         (("inpaint", "model", "--image", "small.png", "--box", "0,0,4,4", "--labels", "4"), "class out of range in labels: 4"),
         (("denoise", "model", "--image", "small.png"), "missing option for denoise: --sigma"),
+        (("denoise", "model", "--image", "none.npy", "--sigma", "1"), "no such file in --image: none.npy"),
+        (("denoise", "model", "--image", "broken.npy", "--sigma", "1"), "unreadable array in --image: broken.npy"),
+        (("denoise", "model", "--image", "flat.npy", "--sigma", "1"), "wrong form of array in --image: flat.npy"),
         (("denoise", "model", "--image", "small.png", "--sigma", "99"), "noise level out of range"),
         (("superres", "model", "--image", "small.png", "--factor", "5"), "illegal value in factor: 5"),
         (("superres", "model", "--image", "small.png", "--factor", "0"), "illegal value in factor: 0"),

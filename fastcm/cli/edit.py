@@ -36,7 +36,8 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser("edit", help="edit a picture with a model", description=f"{__doc__}\n\n{lines}")
     parser.add_argument("task", metavar="TASK", choices=tuple(TASKS), help=", ".join(TASKS))
     parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an OpenAI .pt, an EDM .pkl, an .onnx of the task")
-    parser.add_argument("--image", metavar="FILE", type=Path, help="the picture, scaled to the model's size and cut to the centre square")
+    image = "the picture, scaled to the model's size and cut to the centre square; denoise: or float [H, W, C] in [-1, 1] as .npy"
+    parser.add_argument("--image", metavar="FILE", type=Path, help=image)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--mask", metavar="FILE", type=Path, help="inpaint: white (128 or more) is generated; the picture's or model's size")
     where.add_argument("--box", metavar="X0,Y0,X1,Y1", type=box, help="inpaint: the rectangle to generate, in the model's pixels")
@@ -105,14 +106,16 @@ def edited(args: argparse.Namespace, generator, labels):
 
     picture = load_picture(args, generator)
     if args.task == "denoise":
-        return {"picture": picture}, generator.denoise(picture, args.sigma, labels)
+        seen = picture if picture.dtype == np.uint8 else ((picture + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        return {"noisy": seen}, generator.denoise(picture, args.sigma, labels)
     seeds, sigmas = args.seeds or [0], args.sigmas
     if args.task == "stroke" and sigmas is None:
         sigmas = STROKE_SIGMAS if args.sigma is None else [args.sigma, *(sigma for sigma in STROKE_SIGMAS[1:] if sigma < args.sigma)]
     options = {} if sigmas is None else {"sigmas": sigmas}
     calls = len(seeds) * (EDIT_GRID_STEPS - 1 if sigmas is None else len(sigmas))
-    with tqdm(total=calls, unit="call", disable=not sys.stderr.isatty(), leave=False) as bar:
-        if isinstance(generator, EditingTasks):
+    tells = isinstance(generator, EditingTasks)  # a graph makes all its calls in one
+    with tqdm(total=calls, unit="call", disable=not (tells and sys.stderr.isatty()), leave=False) as bar:
+        if tells:
             options["progress"] = bar.update
         if args.task == "inpaint":
             mask = load_mask(args, generator)
@@ -122,7 +125,7 @@ def edited(args: argparse.Namespace, generator, labels):
             colours = {} if read_header(args.image, "--image").is_grey else {"picture": load_picture(args, generator, grey=False)}
             return {**colours, "grey": picture}, generator.colorize(picture, seeds, labels, **options)
         if args.task == "superres":
-            factor = FACTOR if args.factor is None else args.factor
+            factor = factor_of(args, generator)
             images = generator.superres(picture, factor, seeds, labels, **options)
             means = shrunk(picture, factor, generator.resolution)
             return {"picture": picture, "means": means} if picture.shape == means.shape else {"picture": means}, images
@@ -136,7 +139,9 @@ def load_picture(args: argparse.Namespace, generator, *, grey: bool | None = Non
     """
     from fastcm import api
 
-    resolution, factor = generator.resolution, args.factor or FACTOR
+    if args.task == "denoise" and args.image.suffix.lower() == ".npy":
+        return load_array(args.image)
+    resolution, factor = generator.resolution, factor_of(args, generator)
     header = read_header(args.image, "--image")
     if header.is_grey and generator.channels == 3 and args.task != "colorize":
         raise InputError(f"greyscale for a colour model in --image: {args.image}. Colour it first: fastcm edit colorize.")
@@ -145,6 +150,27 @@ def load_picture(args: argparse.Namespace, generator, *, grey: bool | None = Non
     if grey is None:
         grey = generator.channels == 1 or args.task == "colorize"
     return api.picture(args.image, resolution=resolution, channels=1 if grey else 3, name="--image")
+
+
+def factor_of(args: argparse.Namespace, generator) -> int:
+    """The enlargement as given, else the graph's own, else the default."""
+    own = getattr(getattr(generator, "contract", None), "factor", None)
+    return next(factor for factor in (args.factor, own, FACTOR) if factor is not None)
+
+
+def load_array(path: Path):
+    """Pixels that no picture file can hold: noise that passes the ends of [-1, 1], float [H, W, C]."""
+    import numpy as np
+
+    if not path.is_file():
+        raise InputError(f"no such file in --image: {path}. Give a picture, or float pixels as .npy.")
+    try:
+        pixels = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"unreadable array in --image: {path}: {' '.join(str(error).split())}. Save it with numpy.save.") from None
+    if not (isinstance(pixels, np.ndarray) and pixels.ndim == 3 and np.issubdtype(pixels.dtype, np.floating)):
+        raise InputError(f"wrong form of array in --image: {path}. Give float [H, W, C] in units of [-1, 1].")
+    return pixels
 
 
 def load_mask(args: argparse.Namespace, generator):
