@@ -169,7 +169,9 @@ def test_form_and_conditioning(name, method):
     noise = config_of(name, method).noise
     assert (noise.sigma_min, noise.sigma_max, noise.sigma_data, noise.rho) == (0.002, 80.0, 0.5, 7.0)
     assert noise.form == ("boundary" if method in ("cd", "ct", "ict") else "edm")
-    assert noise.c_noise == ("ln sigma / 4" if name.startswith("cifar10") or name == "emoji32-large" else "250 ln sigma")
+    network = "ln sigma / 4" if name.startswith("cifar10") or name == "emoji32-large" else "250 ln sigma"
+    trigflow = method in ("scd", "sct") and (name, method) != ("digits", "scd")  # whose teacher is digits' own
+    assert noise.c_noise == ("arctan(sigma / sigma_data)" if trigflow else network)
 
 
 # N(k) and mu(k) at shares of the run, calculated by hand from the papers' formulas; for ECT the stage.

@@ -9,23 +9,23 @@ from fastcm.errors import InputError, nearest
 
 # (x, c_noise, labels, x_rate, c_noise_rate) -> (F, dF), both without gradient.
 NetworkTangent = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
-# The difference's step in ln(sigma): fp32 rounds F by 1e-7 of itself, so its quotient is good to about 1e-3.
-DIFFERENCE_STEP = 1e-3
 TANGENTS = ("jvp", "finite-difference")
 
 
-def network_tangent(network: nn.Module, kind: str, *, compiled: bool = False) -> NetworkTangent:
+def network_tangent(network: nn.Module, kind: str, *, step: float = 1e-3, compiled: bool = False) -> NetworkTangent:
     """Returns the function that gives F and its directional derivative; rates have the shapes and dtypes of what they are rates of.
 
     jvp: one dual pass (Lu and Song 2024, section 4.1), in which GroupNorm and attention are taken by their definitions, since torch's fused
-    forms have no forward mode. finite-difference: (F(x) - F(x - h x')) / h, two ordinary passes of an fp32 network
-    (rCM, Zheng et al. 2025, calls it semi-continuous; the step here is one of ln(sigma), which keeps it small at every level).
+    forms have no forward mode. finite-difference: (F(x) - F(x - h x')) / h with h = `step`, two ordinary passes of an fp32 network
+    (rCM, Zheng et al. 2025, calls it semi-continuous; the step here is one of ln(sigma), which keeps it small at every level). fp32
+    rounds F by 1e-7 of itself, so a step of 1e-3 is good to about 1e-3; a large one smooths over the fast sines of ADM's embedding, whose
+    derivative is 250 times that of ln(sigma) and mostly noise.
     """
     if kind == "jvp":
         run = _jvp(network)
         return torch.compile(run) if compiled else run
     if kind == "finite-difference":
-        return _difference(torch.compile(network) if compiled else network)
+        return _difference(torch.compile(network) if compiled else network, step)
     raise InputError(f"unknown value in objective.tangent: {kind}. Use one of {', '.join(TANGENTS)}.{nearest(kind, TANGENTS)}")
 
 
@@ -37,11 +37,11 @@ def _jvp(network: nn.Module) -> NetworkTangent:
     return run
 
 
-def _difference(network: nn.Module) -> NetworkTangent:
+def _difference(network: nn.Module, step: float) -> NetworkTangent:
     def run(x, c_noise, labels, x_rate, c_noise_rate):
         with torch.no_grad():
             F_x = network(x, c_noise, labels)
-            before = network(x - DIFFERENCE_STEP * x_rate, c_noise - DIFFERENCE_STEP * c_noise_rate, labels)
-            return F_x, (F_x - before) / DIFFERENCE_STEP
+            before = network(x - step * x_rate, c_noise - step * c_noise_rate, labels)
+            return F_x, (F_x - before) / step
 
     return run

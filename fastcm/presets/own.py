@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from fastcm.consistency.denoiser import Preconditioning
 from fastcm.presets.settings import check_method, noise, objective
-from fastcm.training.config import CONTINUOUS_METHODS, METHODS, OptimizerConfig, TrainConfig
+from fastcm.training.config import METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
 from fastcm.training.data import Dataset
 
 
@@ -26,12 +27,30 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
         loss = replace(loss, distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=0.6, P_std=1.8)
     if method in ("ect", "scd", "sct"):
         loss = replace(loss, P_mean=0.6, P_std=1.8)
-    if method in CONTINUOUS_METHODS:
+    if method == "sct":
         loss = replace(loss, tangent_warmup_kimg=20.0)
+    if method == "scd":
+        loss = replace(smoothed(loss), tangent_warmup_kimg=4.0)
     return TrainConfig(
-        preset="digits", method=method, data=data or "digits", network=network, noise=noise(method), objective=loss,
+        preset="digits", method=method, data=data or "digits", network=network, noise=own_noise(method), objective=loss,
         optimizer=optimizer, duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0), batch=64, resolution=8, teacher=teacher,
+        precision=own_precision(method),
     )  # fmt: skip
+
+
+def own_noise(method: str) -> Preconditioning:
+    """That of `noise`, with an scd student that takes the c_noise of its diffusion teacher, made by the same preset."""
+    return noise("edm") if method == "scd" else noise(method)
+
+
+def smoothed(loss: ObjectiveConfig) -> ObjectiveConfig:
+    """scd of an ADM teacher: a difference over 5 % of sigma in place of the derivative, which is mostly noise in 250 ln sigma."""
+    return replace(loss, tangent="finite-difference", tangent_step=0.05)
+
+
+def own_precision(method: str) -> str:
+    """A difference needs fp32."""
+    return "fp32" if method == "scd" else "auto"
 
 
 def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
@@ -92,6 +111,8 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
     }  # fmt: skip
     optimizer = OptimizerConfig(kind="radam", lr=4e-4, ema_halflife_kimg=(500.0,))
     return TrainConfig(
-        preset="folder", method=method, data=data, network=network, noise=noise(method), objective=objective(method),
+        preset="folder", method=method, data=data, network=network, noise=own_noise(method),
+        objective=smoothed(objective(method)) if method == "scd" else objective(method),
         optimizer=optimizer, duration_kimg=5000.0, batch=128, resolution=resolution, teacher=teacher, sample_every_kimg=100.0,
+        precision=own_precision(method),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest
-from fastcm.training.config import BOUNDARY_METHODS, METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
+from fastcm.training.config import BOUNDARY_METHODS, CONTINUOUS_METHODS, METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 TRIGFLOW_TWO_STEP = 0.5 * math.tan(1.1)  # sigma of the second of scd's and sct's two steps, t = 1.1 (Lu and Song 2024, Appendix G)
 
@@ -39,11 +39,15 @@ def objective(method: str) -> ObjectiveConfig:
 def noise(method: str, *, kind: str = "adm") -> Preconditioning:
     """sigma from 0.002 to 80, sigma_data 0.5 (Song et al. 2023, Appendix C); diffusion models take the EDM form.
 
-    kind: the network's, which has its convention of c_noise. Methods share it, so that a student can start from its teacher's weights.
+    kind: the network's, which has its convention of c_noise, and methods share it, so that a student can start from its teacher's
+    weights. scd and sct take TrigFlow's t (Lu and Song 2024, section 4.1): in 250 ln sigma the derivative that they need is mostly that
+    of the embedding's fast sines. An scd teacher is then trained with the same noise.c_noise, or the student takes its teacher's and
+    objective.tangent finite-difference, as digits do.
     """
-    return Preconditioning(
-        form="boundary" if method in BOUNDARY_METHODS else "edm", c_noise={"adm": "250 ln sigma", "song": "ln sigma / 4"}[kind]
-    )
+    c_noise = {"adm": "250 ln sigma", "song": "ln sigma / 4"}[kind]
+    if method in CONTINUOUS_METHODS:
+        c_noise = "arctan(sigma / sigma_data)"
+    return Preconditioning(form="boundary" if method in BOUNDARY_METHODS else "edm", c_noise=c_noise)
 
 
 def ema_halflife_kimg(decay: float, batch: int) -> float:

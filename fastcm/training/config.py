@@ -47,7 +47,8 @@ class ObjectiveConfig:
     pairs: how two levels are drawn: "uniform" over the grid (CM), "log-normal" over it (iCT, with P_mean and P_std), or "ect": log-normal
       and without a grid, with ect_q, ect_k, ect_b of its map (`noise_schedule.ect_pair`).
     curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
-    tangent, tangent_c, tangent_warmup_kimg, adaptive_weight: continuous-time methods (`objective.continuous_loss`).
+    tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight: of continuous-time methods
+      (`objective.continuous_loss`).
     """
 
     distance: str = "l2"
@@ -66,6 +67,7 @@ class ObjectiveConfig:
     ect_k: float = 8.0
     ect_b: float = 1.0
     tangent: str = "jvp"
+    tangent_step: float = 1e-3
     tangent_c: float = 0.1
     tangent_warmup_kimg: float = 0.0
     adaptive_weight: bool = True
@@ -89,6 +91,7 @@ class ObjectiveConfig:
         _number("objective.ect_q", self.ect_q, 1, open_low=True)
         _number("objective.ect_k", self.ect_k, 0)
         _number("objective.ect_b", self.ect_b, 0)
+        _number("objective.tangent_step", self.tangent_step, 0, 1, open_low=True)
         _number("objective.tangent_c", self.tangent_c, 0)
         _number("objective.tangent_warmup_kimg", self.tangent_warmup_kimg, 0)
         _number("objective.mu0", self.mu0, 0, 1)
@@ -96,7 +99,7 @@ class ObjectiveConfig:
 
 # The fields of ObjectiveConfig that each method reads. A change of any other would be ignored, and is refused.
 _PAIR_FIELDS = ("distance", "huber_c", "loss_weight", "pairs", "P_mean", "P_std", "curriculum", "s0", "s1", "mu_schedule", "mu0")
-_TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
+_TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_step", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
 FIELDS_OF = {
     "edm": ("P_mean", "P_std"),
     "cd": (*_PAIR_FIELDS, "solver"),

@@ -49,7 +49,7 @@ class MethodLoss:
         self.huber_c = huber_constant(config.objective.huber_c, image_shape)
         self.tangent, self.log_weight = None, None
         if config.method in CONTINUOUS_METHODS:
-            self.tangent = network_tangent(tangent_network, config.objective.tangent, compiled=compiled)
+            self.tangent = network_tangent(tangent_network, config.objective.tangent, step=config.objective.tangent_step, compiled=compiled)
             if config.objective.adaptive_weight:
                 self.log_weight = LogWeight()
 

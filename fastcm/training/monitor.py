@@ -16,6 +16,7 @@ from fastcm.training.run_folder import RunFolder
 from fastcm.training.trainer import Progress, Trainer
 
 SAMPLE_SEEDS = range(40)
+CONSISTENCY_IMAGES = 16  # of the run's first, for self-consistency: a figure to compare along one run
 PLAIN_LINE_EVERY_S = 30.0
 
 
@@ -76,6 +77,20 @@ class Monitor:
         pictures.save_png(
             path, pictures.grid(images, columns=10), text={"nimg": str(self.trainer.nimg), "seeds": f"0-{len(SAMPLE_SEEDS) - 1}"}
         )
+
+        if sampler == "consistency":
+            self._self_consistency(generator)
+
+    def _self_consistency(self, generator: Generator) -> None:
+        """How far f moves along trajectories of the teacher, or along data paths where there is none: the property that training seeks."""
+        trainer, count = self.trainer, CONSISTENCY_IMAGES
+        images, labels, _ = trainer.dataset.batch(0, count, seed=trainer.config.seed)
+        value = evaluation.self_consistency(
+            generator.denoiser, images.to(trainer.device), labels=None if labels is None else labels.to(trainer.device),
+            seed=0, teacher=trainer.method_loss.teacher,
+        )  # fmt: skip
+        self.folder.append_log({"nimg": trainer.nimg, "self_consistency": value})
+        self._scalars({"self_consistency": value}, trainer.nimg)
 
     def finish(self, generator: Generator) -> None:
         self.sample(generator)
