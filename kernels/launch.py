@@ -156,8 +156,14 @@ def device_guard(x: Tensor):
 
 
 def strided(tensor: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
-    """Returns a per-sample tensor ([batch], [1] or None) and its stride, 0 where one value serves the batch: a pair of kernel arguments."""
-    return (None, 0) if tensor is None else (tensor, tensor.stride(0) if tensor.shape[0] == batch and batch > 1 else 0)
+    """Returns a per-sample tensor ([batch, ...], [1, ...] or None) and how far its samples lie apart: 0 where one serves the batch.
+
+    A pair of kernel arguments. For [batch] it is 0 or 1, so that kernels may take it as a constant.
+    """
+    if tensor is None or tensor.shape[0] != batch or batch == 1 or tensor.stride(0) == 0:
+        return tensor, 0
+    tensor = tensor.contiguous()
+    return tensor, tensor.stride(0)
 
 
 def register(op: torch.library.CustomOpDef, launcher: Callable[..., object]) -> None:

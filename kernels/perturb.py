@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastcm.kernels import launch
+from fastcm.kernels.image_lanes import BYTE_SCALE, by_fours, load_byte_lane, load_lane
 from fastcm.kernels.launch import tl, triton
 from fastcm.kernels.philox import normal_reference
-from fastcm.kernels.quarter_layout import load_lanes, load_scalar, quarter_counters, quarter_lanes, store_lane
+from fastcm.kernels.quarter_layout import load_scalar, quarter_counters, quarter_lanes, store_lane
 
 STREAM_TRAINING_NOISE = 0
 _SCALED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,14 +93,25 @@ def _column(coefficient: Tensor) -> Tensor:
 
 
 @triton.jit
+def clean_lane(
+    p_sample, o_i, o_first, mirrored, LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
+    LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """One lane of the images as fp32, bytes v as v / 127.5 - 1 within 1.2e-7."""
+    if p_sample.dtype.element_ty != tl.uint8:
+        b_lane = load_lane(p_sample, o_i, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK)
+    elif by_fours(N, WIDTH):
+        b_lane = load_byte_lane(p_sample, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    else:
+        b_lane = load_lane(p_sample, o_i, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK).to(tl.float32) * BYTE_SCALE - 1.0
+    return b_lane
+
+
+@triton.jit
 def noise_lane(
-    p_x, p_scaled, b_sigma, b_c_in, o_sample, o_i, b_image, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+    p_x, p_scaled, b_sigma, b_c_in, o_sample, o_i, b_clean, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One lane at one noise level: x = image + sigma z and, where asked for, c_in x."""
-    b_clean = b_image.to(tl.float32)
-    if b_image.dtype == tl.uint8:
-        # v / 127.5 - 1 as one fused operation, within 1.2e-7.
-        b_clean = b_clean * 0.00784313725490196 - 1.0
     b_x = b_clean + b_sigma * b_z
     store_lane(p_x + o_sample, o_i, b_x, LANE, N, BLOCK)
     if p_scaled is not None:
@@ -108,22 +120,21 @@ def noise_lane(
 
 @triton.jit
 def _perturb_kernel(
-    p_images, p_seed, seed_stride, p_position, position_stride, p_flip, flip_stride,
-    p_sigma_hi, sigma_hi_stride, p_c_in_hi, c_in_hi_stride, p_x_hi, p_scaled_hi,
-    p_sigma_lo, sigma_lo_stride, p_c_in_lo, c_in_lo_stride, p_x_lo, p_scaled_lo,
+    p_images, p_seed, seed_stride: tl.constexpr, p_position, position_stride: tl.constexpr, p_flip, flip_stride: tl.constexpr,
+    p_sigma_hi, sigma_hi_stride: tl.constexpr, p_c_in_hi, c_in_hi_stride: tl.constexpr, p_x_hi, p_scaled_hi,
+    p_sigma_lo, sigma_lo_stride: tl.constexpr, p_c_in_lo, c_in_lo_stride: tl.constexpr, p_x_lo, p_scaled_lo,
     N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     i_sample, o_i, o_first = quarter_counters(N, BLOCK)
-    p_sample = p_images + i_sample * N
-    if p_flip is None:
-        b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
-    else:
-        # A branch, so that samples that are not mirrored keep their wide loads.
-        if tl.load(p_flip + i_sample * flip_stride):
-            b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, True, LAST, BLOCK)
-        else:
-            b0, b1, b2, b3 = load_lanes(p_sample, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
     z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, 0, True, MATH)
+    p_sample = p_images + i_sample * N
+    mirrored = None
+    if p_flip is not None:
+        mirrored = tl.load(p_flip + i_sample * flip_stride).to(tl.int32)
+    b0 = clean_lane(p_sample, o_i, o_first, mirrored, 0, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    b1 = clean_lane(p_sample, o_i, o_first, mirrored, 1, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    b2 = clean_lane(p_sample, o_i, o_first, mirrored, 2, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    b3 = clean_lane(p_sample, o_i, o_first, mirrored, 3, N, PLANE, WIDTH, LAST, BLOCK, MATH)
     o_sample = i_sample * N
     b_sigma_hi, b_c_in_hi = load_scalar(p_sigma_hi, sigma_hi_stride, i_sample), load_scalar(p_c_in_hi, c_in_hi_stride, i_sample)
     noise_lane(p_x_hi, p_scaled_hi, b_sigma_hi, b_c_in_hi, o_sample, o_i, b0, z0, 0, N, BLOCK)
@@ -146,6 +157,8 @@ def _launch_perturb(
     batch, elements = images.shape[0], images[0].numel() if images.shape[0] else 0
     if x_hi.numel() == 0:
         return outputs
+    if images.data_ptr() % 16:
+        images = images.clone()  # the kernel reads bytes by words
     grid = launch.quarter_grid("perturb", elements)
     with launch.device_guard(images):
         _perturb_kernel[(batch * grid.blocks,)](

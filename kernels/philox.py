@@ -132,7 +132,7 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
 
 @triton.jit(do_not_specialize=["stream"])
 def _philox_kernel(
-    p_out, p_seed, seed_stride, p_position, position_stride, stream,
+    p_out, p_seed, seed_stride: tl.constexpr, p_position, position_stride: tl.constexpr, stream,
     N: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     i_sample, o_i, o_first = quarter_counters(N, BLOCK)
@@ -150,10 +150,9 @@ def _launch_field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: 
     if field.numel() == 0:
         return field
     grid = launch.quarter_grid("philox", elements)
-    seed, position = seed.expand(batch), position.expand(batch)
     with launch.device_guard(seed):
         _philox_kernel[(batch * grid.blocks,)](
-            field, seed, seed.stride(0), position, position.stride(0), stream,
+            field, *launch.strided(seed, batch), *launch.strided(position, batch), stream,
             N=elements, NORMAL=is_normal, BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
         )  # fmt: skip
     return field

@@ -41,33 +41,6 @@ def lane_mask(o_i, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_lane(
-    p_sample, o_i, LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
-    MIRROR: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One lane of an image, by its NCHW place; MIRROR reads its rows backwards, LAST reads it from channels-last memory."""
-    o_lane = lane_offsets(o_i, LANE, N)
-    m_lane = lane_mask(o_i, LANE, N, BLOCK)
-    if MIRROR:
-        o_lane += WIDTH - 1 - 2 * (o_lane % WIDTH)
-    if LAST:
-        o_lane = (o_lane % PLANE) * (N // PLANE) + o_lane // PLANE
-    return tl.load(p_sample + o_lane, mask=m_lane)
-
-
-@triton.jit
-def load_lanes(
-    p_sample, o_i, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
-    MIRROR: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b0 = load_lane(p_sample, o_i, 0, N, PLANE, WIDTH, MIRROR, LAST, BLOCK)
-    b1 = load_lane(p_sample, o_i, 1, N, PLANE, WIDTH, MIRROR, LAST, BLOCK)
-    b2 = load_lane(p_sample, o_i, 2, N, PLANE, WIDTH, MIRROR, LAST, BLOCK)
-    b3 = load_lane(p_sample, o_i, 3, N, PLANE, WIDTH, MIRROR, LAST, BLOCK)
-    return b0, b1, b2, b3
-
-
-@triton.jit
 def load_scalar(p_value, stride, i_sample):
     """A per-sample coefficient; 0 where there is none."""
     b_value = 0.0
@@ -116,15 +89,20 @@ def philox_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_i
 
 
 @triton.jit
-def word_uniform(word):
-    # (k + 0.5) 2^-23 as one fused operation; every step is exact.
-    return (word >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
+def word_uniform(word, MATH: tl.constexpr):
+    """(k + 0.5) 2^-23 with k = word >> 9; every step is exact."""
+    # 1 + k 2^-23: the exponent of 1 stands above k. A funnel shift brings it there, in place of a shift and a conversion.
+    if MATH == 1:
+        bits = tl.inline_asm_elementwise("shf.r.wrap.b32 $0, $1, 0x7F, 9;", "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1)
+    else:
+        bits = (word >> 9) | 0x3F800000
+    return bits.to(tl.float32, bitcast=True) - 0.999999940395355224609375
 
 
 @triton.jit
 def box_muller(word_radius, word_angle, MATH: tl.constexpr):
     """Two blocks of normals from two blocks of words."""
-    u = word_uniform(word_radius)
+    u = word_uniform(word_radius, MATH)
     # The signed shift takes the angle from [-pi, pi), where the fast sine and cosine are specified to 2^-21.
     theta = (word_angle.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 3.7450703e-07
     v = 1.0 - u
@@ -149,7 +127,7 @@ def draw_block(
         b0, b1 = box_muller(w0, w1, MATH)
         b2, b3 = box_muller(w2, w3, MATH)
     else:
-        b0, b1, b2, b3 = word_uniform(w0), word_uniform(w1), word_uniform(w2), word_uniform(w3)
+        b0, b1, b2, b3 = word_uniform(w0, MATH), word_uniform(w1, MATH), word_uniform(w2, MATH), word_uniform(w3, MATH)
     return b0, b1, b2, b3
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastcm.kernels import launch
+from fastcm.kernels.image_lanes import load_lane
 from fastcm.kernels.launch import tl, triton
 from fastcm.kernels.philox import normal_reference
-from fastcm.kernels.quarter_layout import lane_mask, lane_offsets, load_lanes, load_scalar, quarter_counters, quarter_lanes, store_lane
+from fastcm.kernels.quarter_layout import lane_mask, lane_offsets, load_scalar, quarter_counters, quarter_lanes, store_lane
 
 STREAM_SAMPLING_NOISE = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,13 +101,18 @@ def renoise_lane(
 
 @triton.jit(do_not_specialize=["stream"])
 def _renoise_kernel(
-    p_D, p_seed, seed_stride, p_position, position_stride, p_sigma, sigma_stride, sigma_min_squared, stream,
+    p_D, p_seed, seed_stride: tl.constexpr, p_position, position_stride: tl.constexpr, p_sigma, sigma_stride: tl.constexpr,
+    sigma_min_squared, stream,
     p_known, known_stride, p_mask, mask_stride, p_out,
     N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, MASK_PLANES: tl.constexpr, CLIP: tl.constexpr,
     LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     i_sample, o_i, o_first = quarter_counters(N, BLOCK)
-    b0, b1, b2, b3 = load_lanes(p_D + i_sample * N, o_i, N, PLANE, WIDTH, False, LAST, BLOCK)
+    p_sample = p_D + i_sample * N
+    b0 = load_lane(p_sample, o_i, o_first, None, 0, N, PLANE, WIDTH, LAST, BLOCK)
+    b1 = load_lane(p_sample, o_i, o_first, None, 1, N, PLANE, WIDTH, LAST, BLOCK)
+    b2 = load_lane(p_sample, o_i, o_first, None, 2, N, PLANE, WIDTH, LAST, BLOCK)
+    b3 = load_lane(p_sample, o_i, o_first, None, 3, N, PLANE, WIDTH, LAST, BLOCK)
     b_sigma = load_scalar(p_sigma, sigma_stride, i_sample)
     b_scale = tl.sqrt(tl.maximum(b_sigma * b_sigma - sigma_min_squared, 0.0))
     if p_known is not None:

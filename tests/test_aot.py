@@ -74,6 +74,16 @@ def test_machine_code_is_within_budget(case):
             assert not found, f"{name_of(case)} sm_{architecture} {row['kernel']}: {'; '.join(found)}"
 
 
+def test_noise_keeps_its_promised_limits():
+    """No variant gets a budget of its own: 36 instructions per element for perturb in every layout, dtype and flip, 30 for a normal."""
+    limits = {"perturb": 36, "philox": 30}
+    budgets = {(case.op, case.variant): case.budgets[case.op].instructions for case in CASES if case.op in limits}
+    assert all(instructions <= limits[op] for (op, _), instructions in budgets.items())
+    of_perturb = {variant for op, variant in budgets if op == "perturb"}
+    for image in ("uint8", "float32", "uint8 channels-last", "float32 channels-last"):
+        assert {f"{image}, pair, bf16 copies", f"{image}, pair, bf16 copies, flip"} <= of_perturb
+
+
 @pytest.mark.slow
 def test_a_spill_and_lost_width_would_be_seen():
     """The same kernel with few registers for much work spills; at an odd size it stores one element at a time."""

@@ -108,7 +108,10 @@ def test_quarter_grid_covers_every_counter():
 def test_strided_broadcasts_by_a_stride_of_zero():
     one, many = torch.ones(1), torch.ones(3)
     assert launch.strided(None, 3) == (None, 0) and launch.strided(one, 3) == (one, 0)
-    assert launch.strided(many, 3)[1] == 1 and launch.strided(torch.ones(6)[::2], 3)[1] == 2
+    assert launch.strided(many, 3)[1] == 1 and launch.strided(torch.ones(3, 4), 3)[1] == 4
+    # A constant of the kernel: other strides would be compiled one by one.
+    spread, stride = launch.strided(torch.arange(6)[::2], 3)
+    assert stride == 1 and spread.tolist() == [0, 2, 4]
     assert launch.strided(one.expand(3), 3)[1] == 0
 
 

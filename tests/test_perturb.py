@@ -1,5 +1,6 @@
 """perturb: noised inputs of one noise level or a pair, against float64."""
 
+import numpy as np
 import pytest
 import torch
 from kernel_checks import NORMAL_TOLERANCE, each_implementation, exact_normals, using  # noqa: F401
@@ -12,8 +13,8 @@ SEED = torch.tensor([11])
 HI, LO = torch.tensor([80.0, 1.5, 0.002]), torch.tensor([41.0, 0.7, 0.0])
 C_HI, C_LO = torch.tensor([0.01, 0.6, 2.0]), torch.tensor([0.02, 1.2, 1.9])
 FLIP = torch.tensor([True, False, True])
-# An odd size, one of a single full program, one of several programs with a masked tail.
-SHAPES = [(3, 5, 7), (1, 8, 8), (3, 28, 20)]
+# An odd size, one of a single full program, one of several programs with a masked tail; rows that divide by 4 and a row that does not.
+SHAPES = [(3, 5, 7), (1, 8, 8), (3, 28, 20), (3, 8, 6)]
 
 
 def images_of(shape, dtype):
@@ -86,6 +87,29 @@ def test_batch_and_broadcast_do_not_matter(device):
         assert torch.equal(one.x_hi[0], whole[b])
     same = kernels.perturb(images, seed.expand(B), positions[:1], hi[:1]).x_hi
     assert torch.equal(same, kernels.perturb(images, seed, positions[:1].repeat(B), hi[:1].repeat(B)).x_hi)
+
+
+def test_images_at_any_address(device):
+    """Bytes are read by words, so a view that begins between two words is not read in place."""
+    shape, (seed, positions, hi) = (1, 8, 8), to(device, SEED, POSITIONS, HI)
+    storage = torch.randint(0, 256, (1 + B * 64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    view = storage[1:].view(B, *shape)
+    assert view.data_ptr() % 4 and torch.equal(
+        kernels.perturb(view, seed, positions, hi).x_hi, kernels.perturb(view.clone(), seed, positions, hi).x_hi
+    )
+
+
+@pytest.mark.skipif(not launch.HAS_TRITON, reason="constants of a kernel")
+def test_bytes_become_floats_in_one_rounding():
+    """2^23 + v, of which only one fused operation with these constants makes v 2 / 255 - 1: exact but for its last rounding."""
+    from fractions import Fraction
+
+    from fastcm.kernels.image_lanes import BYTE_OFFSET, BYTE_SCALE
+
+    scale, offset = (Fraction(np.float32(constant.value).item()) for constant in (BYTE_SCALE, BYTE_OFFSET))
+    assert scale == Fraction(BYTE_SCALE.value) == Fraction(np.float32(2 / 255).item()) and offset == Fraction(BYTE_OFFSET.value)
+    for v in range(256):
+        assert (2**23 + v) * scale + offset == v * scale - 1
 
 
 def test_gradient_and_tangent_reach_float_images():
