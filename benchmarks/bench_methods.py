@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     teacher = args.runs / "teacher"
     if any(cell.teacher for cell, _ in wanted):
-        call(f"fastcm train digits --method edm --duration {args.teacher_kimg:g}kimg --out {teacher}", threads=os.cpu_count())
+        call(f"fastcm train digits --method edm --duration {args.teacher_kimg:g}kimg --out {teacher}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for rows in pool.map(lambda item: measure(*item, args.runs, teacher, args.budget), wanted):
             file.add(*rows)
@@ -117,9 +117,9 @@ def measure(cell: Cell, seed: int, runs: Path, teacher: Path, budget_kcalls: flo
     ]  # fmt: skip
 
 
-def call(command: str, *, threads: int = 1) -> None:
-    """Runs a command of fastcm quietly; its error ends the benchmark."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def call(command: str) -> None:
+    """Runs a command of fastcm quietly and on one thread; its error ends the benchmark."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-m", *shlex.split(command)], env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"bench_methods: {command} ended with {result.returncode}: {result.stderr.strip().splitlines()[-1]}")
