@@ -4,6 +4,7 @@ import pytest
 import torch
 from analytic import GainNetwork, consistency_gain, gaussian_consistency, gaussian_teacher
 
+from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.consistency.noise_schedule import karras_sigma, uniform_pair
 from fastcm.consistency.objective import Batch, consistency_loss, edm_loss, loss_weight
@@ -139,3 +140,43 @@ def test_loss_weights():
         torch.testing.assert_close(loss_weight(name, hi, lo, sigma_data=0.5), torch.tensor(values, dtype=torch.float32))
     with pytest.raises(InputError, match="Did you mean 'uniform'"):
         loss_weight("unifrom", hi, lo, sigma_data=0.5)
+
+
+class Affine(torch.nn.Module):
+    """F = (a + b c_noise) x, which float64 can repeat."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.tensor(0.7)), torch.nn.Parameter(torch.tensor(-0.4))
+
+    def forward(self, x, c_noise, labels=None):
+        return (self.a + self.b * c_noise).view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize(("form", "lo"), [("edm", (0.0, 0.0, 1.5)), ("boundary", (0.3, 0.002, 1.5))], ids=["ect", "ict"])
+def test_value_and_gradient_of_tuning_and_training_in_float64(form, lo):
+    """sqrt(||D(x_t, t) - D-(x_r, r)||^2 + c^2) - c, over t - r; where ECT's r is 0 the target is the image itself."""
+    p = Preconditioning(form=form, c_noise="ln sigma / 4")
+    student, batch = Denoiser(Affine(), p), gaussian_batch(3)
+    hi, lo = torch.tensor([0.5, 0.1, 3.0]), torch.tensor(lo)
+    weight = loss_weight("1/gap", hi, lo, sigma_data=0.5)
+    loss = consistency_loss(student, student, batch, hi, lo, weight=weight, distance="pseudo_huber", huber_c=0.03)
+    got = torch.autograd.grad(loss.sum(), [student.network.a, student.network.b])
+    a, b = (torch.tensor(q.item(), dtype=torch.float64, requires_grad=True) for q in (student.network.a, student.network.b))
+    z = kernels.normal(batch.seed, batch.position, batch.images.shape[1:], stream=0).double()
+
+    def D(sigma, a, b):
+        s = sigma.double().view(-1, 1, 1, 1)
+        x, root = batch.images.double() + s * z, (s**2 + 0.25).sqrt()
+        shifted = s - 0.002 if form == "boundary" else s
+        F = (a + b * s.clamp(min=1e-12).log() / 4) * x / root
+        return 0.25 / (shifted**2 + 0.25) * x + shifted * 0.5 / root * F
+
+    squared = (D(hi, a, b) - D(lo, a, b).detach()).square().sum((1, 2, 3))
+    expected = ((squared + 0.03**2).sqrt() - 0.03) / (hi - lo).double()
+    if form == "edm":
+        torch.testing.assert_close(D(lo, a, b)[0], batch.images[0].double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    for one, other in zip(got, torch.autograd.grad(expected.sum(), [a, b]), strict=True):
+        assert abs(other) > 0.1
+        assert one.item() == pytest.approx(other.item(), rel=1e-3)
