@@ -173,7 +173,7 @@ class Diversity:
 class Gallery:
     """Images for people: the first few of each class; a collector without figures."""
 
-    def __init__(self, samples: Samples, *, per_class: int = 8, classes: int = 10):
+    def __init__(self, samples: Samples, *, per_class: int = 6, classes: int = 10):
         labels = samples.labels if samples.labels is not None else np.arange(len(samples.images)) % classes
         first = [np.flatnonzero(labels == c)[:per_class] for c in np.unique(labels)[:classes]]
         self.labelled = samples.labels is not None

@@ -18,10 +18,10 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e7eaed; --dim: #9aa6b2; --rule: #343b42; --back: #15181b; --box: #1d2125;
  --a: #6cb6ff } }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1000px; margin: 0 auto; padding: 28px 20px 60px }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 36px 0 8px } h3 { font-size: 14px; margin: 16px 0 4px; color: var(--dim) }
 p { color: var(--dim); margin: 4px 0 10px }
-.charts { display: flex; flex-wrap: wrap; gap: 16px }
+.charts, .sets { display: flex; flex-wrap: wrap; gap: 8px 24px } .sets > div { min-width: 0 }
 figure { margin: 0; flex: 1 1 420px; max-width: 480px; background: var(--box); border-radius: 8px; padding: 10px }
 svg { width: 100%; display: block } text { fill: var(--ink); font-size: 12px } .tick, .note { fill: var(--dim); font-size: 11px }
 .grid { stroke: var(--rule) } .axis { stroke: var(--dim) } .level { stroke: var(--dim); stroke-dasharray: 5 4 }
@@ -53,8 +53,8 @@ def page(report: dict, facts: Facts) -> str:
     body = [
         f"<h1>{html.escape(facts.title)}</h1><p class='lead'>{lead}. Every figure names its features; the protocol is at the end.</p>",
         _curves(report),
-        *(_samples(name, gallery, facts) for name, (gallery, _) in facts.galleries.items()),
-        *(_neighbours(name, gallery, near, facts) for name, (gallery, near) in facts.galleries.items() if near is not None),
+        _samples(facts),
+        _neighbours(facts),
         _figures(report),
         _training(facts.log),
         "<h2>Protocol</h2><pre>" + html.escape("\n".join(protocol_lines(report))) + "</pre>",
@@ -72,7 +72,7 @@ def _curves(report: dict) -> str:
     rows = sorted((row for row in report["sets"] if row.get("nfe")), key=lambda row: row["nfe"])
     features = report["protocol"].get("features_name", "")
     charts = []
-    for name, title in (("fid", f"FID [{features}]"), ("fd_balanced", "Frechet distance, balanced halves [judge]")):
+    for name, title in (("fid", f"FID [{features}]"), ("fd_balanced", "Frechet distance, halves [judge]")):
         points = [(row["nfe"], row[name]["mean"], row[name]["std"]) for row in rows if name in row]
         real = next((row[name]["real"]["mean"] for row in rows if "real" in row.get(name, {})), None)
         level = None if real is None else (real, "real images")
@@ -81,7 +81,14 @@ def _curves(report: dict) -> str:
     return f"<h2>Steps and quality</h2>{note}<div class='charts'>{''.join(charts)}</div>" if any(charts) else ""
 
 
-def _samples(name: str, gallery: Gallery, facts: Facts) -> str:
+def _samples(facts: Facts) -> str:
+    labelled = any(gallery.labelled for gallery, _ in facts.galleries.values())
+    grids = "".join(f"<div><h3>{html.escape(name)}</h3>{_grid(gallery, facts)}</div>" for name, (gallery, _) in facts.galleries.items())
+    return f"<h2>Samples{' by class' if labelled else ''}</h2><div class='sets'>{grids}</div>" if grids else ""
+
+
+def _grid(gallery: Gallery, facts: Facts) -> str:
+    """A table with a column per class, its name above."""
     names = facts.class_names
     heads = [names[label] if gallery.labelled and names else (str(label) if gallery.labelled else "") for label in gallery.columns]
     deepest = max((len(rows) for rows in gallery.columns.values()), default=0)
@@ -89,25 +96,29 @@ def _samples(name: str, gallery: Gallery, facts: Facts) -> str:
     for depth in range(deepest):
         cells = [_tile(gallery.images[rows[depth]]) if depth < len(rows) else "" for rows in gallery.columns.values()]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    by = " by class" if gallery.labelled else ""
-    return f"<h2>Samples{by}: {html.escape(name)}</h2><div class='scroll'><table class='tiles'>{''.join(lines)}</table></div>"
+    return f"<div class='scroll'><table class='tiles'>{''.join(lines)}</table></div>"
 
 
-def _neighbours(name: str, gallery: Gallery, near: Neighbours, facts: Facts) -> str:
+def _neighbours(facts: Facts) -> str:
+    note = "Below each sample the training picture nearest to it, and the root-mean-square difference per pixel in 8-bit levels."
+    shown = "".join(_pairs(name, gallery, near, facts) for name, (gallery, near) in facts.galleries.items() if near is not None)
+    return f"<h2>Nearest training images</h2><p>{note}</p><div class='sets'>{shown}</div>" if shown else ""
+
+
+def _pairs(name: str, gallery: Gallery, near: Neighbours, facts: Facts) -> str:
     """Samples above their nearest training images: the closest of all, then the first of each column."""
     first = [int(rows[0]) for rows in gallery.columns.values()]
     strips = (
-        ("closest of all samples", [(image, row) for _, row, image in near.closest]),
-        ("first of each column", [(gallery.images[row], row) for row in first]),
+        ("the closest", [(image, row) for _, row, image in near.closest]),
+        ("the first of each column", [(gallery.images[row], row) for row in first]),
     )
-    parts = [f"<h2>Nearest training images: {html.escape(name)}</h2><p>Below each sample the training picture nearest to it, and the "
-             "root-mean-square difference per pixel in 8-bit levels.</p>"]  # fmt: skip
+    parts = []
     for title, items in strips:
         made = "".join(f"<td>{_tile(image)}</td>" for image, _ in items)
         real = "".join(f"<td>{_tile(facts.training[near.index[row]])}</td>" for _, row in items)
         distance = "".join(f"<td>{near.distance[row]:.1f}</td>" for _, row in items)
         rows = f"<tr><th>sample</th>{made}</tr><tr><th>training</th>{real}</tr><tr><th></th>{distance}</tr>"
-        parts.append(f"<h3>{title}</h3><div class='scroll'><table class='tiles'>{rows}</table></div>")
+        parts.append(f"<div><h3>{html.escape(name)}, {title}</h3><div class='scroll'><table class='tiles'>{rows}</table></div></div>")
     return "".join(parts)
 
 
@@ -138,9 +149,9 @@ def _thinned(rows: Sequence[dict], most: int = 400) -> Sequence[dict]:
 
 
 def _tile(image: np.ndarray) -> str:
-    """An <img> of uint8 [C, H, W], at least 48 pixels wide, its bytes inside."""
+    """An <img> of uint8 [C, H, W], about 40 pixels wide or its own size, its bytes inside."""
     stream = io.BytesIO()
     to_pil(np.ascontiguousarray(image.transpose(1, 2, 0))).save(stream, format="PNG", optimize=True)
-    width = image.shape[2] * max(1, round(48 / image.shape[2]))
+    width = image.shape[2] * max(1, round(40 / image.shape[2]))
     data = base64.b64encode(stream.getvalue()).decode()
     return f"<img width='{width}' height='{width * image.shape[1] // image.shape[2]}' alt='' src='data:image/png;base64,{data}'>"
