@@ -182,3 +182,160 @@ def test_bad_data_get_one_line(tmp_path, capsys, digits):
     ):
         code, out, err = run(capsys, *argv)
         assert code == 2 and out == "" and words in err and err.count("\n") == 1, argv
+
+
+def test_statistics_of_the_data_go_out_and_come_in_again(tmp_path, capsys, digits):
+    """ADM's format both ways: the saved statistics give the figure of the images that they were made of, without the images."""
+    (tmp_path / "pixels.py").write_text("import torch\nnet = torch.nn.Sequential(torch.nn.AvgPool2d(2), torch.nn.Flatten())\n")
+    np.savez(tmp_path / "samples.npz", arr_0=digits[0][:200])
+    options = ("--features", "pixels:net", "--metrics", "fid")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        samples, reference = tmp_path / "samples.npz", tmp_path / "ref.npz"
+        code, out, err = run(capsys, samples, "--data", "digits", *options, "--save-reference", reference, "--json", tmp_path / "a")
+        assert (code, err) == (0, "") and "FID [pixels:net]" in out
+        code, out, err = run(capsys, samples, "--reference", reference, *options, "--json", tmp_path / "b", "--debug")
+        assert (code, err) == (0, "") and "statistics from a file" in out
+        a, b = (json.loads((tmp_path / name).read_text()) for name in "ab")
+        assert a["sets"] == b["sets"] and a["sets"][0]["fid"]["mean"] > 0
+        _, _, err = run(capsys, samples, "--reference", reference, *options[:2], "--metrics", "kid")
+        assert "a file of statistics with --metrics kid: it serves fid alone." in err
+    with np.load(tmp_path / "ref.npz") as file:
+        pooled = (digits[0][..., 0] / 127.5 - 1).reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16)
+        np.testing.assert_allclose(file["sigma"], np.cov(pooled.T), atol=1e-6)
+
+
+def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch):
+    """The published script calls its sampler without the noise levels: here what is measured is what the sampler gets."""
+    from fastcm.api import load
+    from fastcm.evaluation import timestep_search
+
+    model = model_folder(tmp_path / "model")
+    drawn = []
+    batches = Generator.batches
+
+    def watched(self, seeds, labels=None, **options):
+        drawn.append((int(np.min(seeds)), options.get("sigmas")))
+        return batches(self, seeds, labels, **options)
+
+    monkeypatch.setattr(Generator, "batches", watched)
+    options = ("--data", "digits", "--seeds", "500000-500099", "--metrics", "fid", "--search-steps", "2", "--search-grid", "6")
+    code, out, err = run(capsys, model, *options, "--save", "--json", tmp_path / "a.json")
+    assert (code, err) == (0, "") and "searched with seeds 300000-300099 among 6 levels" in out
+    grid = timestep_search.candidates(Preconditioning(), 6)
+    tried = {sigmas for first, sigmas in drawn if first == 300_000}
+    assert (80.0,) in tried and len({s for s in tried if s in {(grid[0], level) for level in grid[1:]}}) >= 3
+    found = json.loads((model / "config.json").read_text())["sampling"]["2"]
+    assert tuple(found) in tried and load(model).sigmas(2) == tuple(found)
+    assert json.loads((tmp_path / "a.json").read_text())["protocol"]["sigmas"] == [[80.0], found], "the evaluation uses what was found"
+    drawn.clear()
+    code, again, _ = run(capsys, model, *options)
+    assert code == 0 and "0 sets of samples measured now" in again and not [first for first, _ in drawn if first == 300_000]
+
+
+def test_a_larger_figure_can_be_what_is_searched(tmp_path, capsys):
+    model = model_folder(tmp_path / "model")
+    options = ("--data", "digits", "--seeds", "500000-500099", "--metrics", "accuracy", "--search-steps", "2", "--search-grid", "4")
+    code, out, _ = run(capsys, model, *options, "--search-metric", "accuracy", "--json", tmp_path / "a.json")
+    values = [float(line.split()[3]) for line in out.splitlines()[:2]]
+    assert code == 0 and 0 <= values[0] <= values[1] <= 1
+
+
+def test_the_levels_of_a_run_are_the_candidates(tmp_path):
+    from fastcm.cli.evaluate_search import trained_levels
+
+    (tmp_path / "config.json").write_text(json.dumps({"format": "fastcm-run", "objective": {"curriculum": "doubling", "s0": 10, "s1": 40}}))
+    assert trained_levels(tmp_path) == 41
+    (tmp_path / "config.json").write_text(json.dumps({"format": "fastcm-run", "objective": {"curriculum": "stages", "s0": 1, "s1": 8}}))
+    assert trained_levels(tmp_path) == trained_levels(tmp_path / "none") == 40
+
+
+def test_self_consistency_follows_the_teacher_that_is_named(tmp_path, capsys):
+    model, teacher = model_folder(tmp_path / "model"), model_folder(tmp_path / "teacher", method="edm")
+    options = ("--data", "digits", "--seeds", "0-9", "--steps", "1", "--metrics", "consistency", "--json", tmp_path / "r.json")
+    code, out, _ = run(capsys, model, *options)
+    plain = json.loads((tmp_path / "r.json").read_text())["sets"][0]["consistency"]
+    assert code == 0 and "self-consistency [data paths x0 + sigma z]" in out and plain["n"] == 64 and plain["mean"] > 0
+    code, out, _ = run(capsys, model, *options, "--teacher", teacher)
+    led = json.loads((tmp_path / "r.json").read_text())["sets"][0]["consistency"]
+    assert code == 0 and "self-consistency [the teacher's ODE, Heun]" in out and led["mean"] != plain["mean"]
+    _, _, err = run(capsys, model, *options, "--teacher", model)
+    assert "not a diffusion model in --teacher" in err and err.count("\n") == 1
+
+
+def test_a_report_of_a_run_has_its_curves(tmp_path, capsys):
+    folder = tmp_path / "run"
+    model_folder(folder / "model")
+    (folder / "config.json").write_text(json.dumps({"format": "fastcm-run", "version": 1}))
+    (folder / "log.jsonl").write_text("".join(json.dumps({"nimg": i * 1000, "loss": 1 / i}) + "\n" for i in range(1, 5)) + '{"nimg": 5')
+    out = tmp_path / "page"
+    options = ("--data", "digits", "--seeds", "500000-500049", "--metrics", "fid,neighbours", "--report", out)
+    code, said, err = run(capsys, folder, *options)
+    text = (out / "index.html").read_text()
+    assert (code, err) == (0, "") and f"report in {out / 'index.html'}" in said and [p.name for p in out.iterdir()] == ["index.html"]
+    assert "training loss by images seen" in text and text.count("<svg") == 2 and "2 steps" in text and "Nearest training images" in text
+
+
+def test_lpips_needs_weights_and_names_itself(tmp_path, capsys, monkeypatch):
+    model = model_folder(tmp_path / "model")
+    options = ("--data", "digits", "--seeds", "500000-500059", "--steps", "1", "--metrics", "lpips")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    code, _, err = run(capsys, model, *options)
+    assert code == 2 and "no VGG16 weights for LPIPS in --lpips-weights" in err and err.count("\n") == 1
+    asked = []
+
+    def fake(weights, *, pooling, resize):
+        asked.append((weights, pooling, resize))
+        return lambda x, y: (x - y).square().mean((1, 2, 3))
+
+    monkeypatch.setattr("fastcm.weights.lpips_weights.load_lpips", fake)
+    code, out, _ = run(capsys, model, *options, "--lpips-weights", "vgg.pth", "--json", tmp_path / "r.json")
+    figure = json.loads((tmp_path / "r.json").read_text())["sets"][0]["lpips"]
+    assert code == 0 and "diversity [LPIPS]" in out and asked == [("vgg.pth", "max", False)]
+    # 60 seeds of ten classes make five neighbouring pairs of each.
+    assert figure["n"] == 50 and figure["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--save",), "nothing to save in --save"),
+        (("--search-steps", "1"), "illegal number of steps in --search-steps: 1."),
+        (("--search-steps", "2", "--sigmas", "80,1"), "levels given beside a search"),
+        (("--search-steps", "2", "--search-grid", "2"), "illegal number of levels in --search-grid: 2."),
+        (("--search-steps", "2", "--metrics", "kid"), "a metric that is not measured in --search-metric: fid."),
+        (("--search-steps", "2", "--sampler", "heun"), "a diffusion sampler with --search-steps"),
+        (("--search-metric", "fdi"), "unknown search-metric in --search-metric: fdi"),
+        (("--features", "judg"), "unknown value in --features: judg."),
+        (("--features", "inception"), "no Inception weights in --features inception"),
+        (("--features", "none.onnx"), "no such file in --features"),
+        (("--reference", "none.npz"), "no such file in --reference"),
+        (("--metrics", "neighbours", "--save-reference", "x.npz"), "no statistics for --save-reference"),
+        (("--metrics", "fid,kid", "--reference", "ref.npz"), "a file of statistics with --metrics fid,kid: it serves fid alone."),
+        (("--metrics", "fid", "--reference", "ref.npz"), "other features than the reference's: 64 and 4"),
+        (("--report", "nowhere/page"), "no such folder for --report"),
+        (("--seeds", "1-3", "--metrics", "precision"), "too few samples in features"),
+        (("--seeds", "1-3", "--metrics", "fid", "--features", "nan_net:net"), "non-finite features in --features: nan_net:net"),
+    ],
+)
+def test_more_bad_options_get_one_line(tmp_path, capsys, monkeypatch, options, words):
+    (tmp_path / "nan_net.py").write_text(
+        "import torch\nclass N(torch.nn.Module):\n    def forward(self, x):\n        return x.flatten(1) * float('nan')\nnet = N()\n"
+    )
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    code, out, err = run(capsys, model_folder(tmp_path / "model"), "--data", "digits", *options)
+    assert code == 2 and out == "" and err.startswith("fastcm: error: ") and words in err and err.count("\n") == 1
+
+
+def test_what_only_a_torch_model_can_do_is_refused_for_samples(tmp_path, capsys, digits):
+    np.savez(tmp_path / "samples.npz", arr_0=digits[0][:90], arr_1=digits[1][:90])
+    for options, words in (
+        (("--metrics", "consistency"), "no torch model for --metrics consistency"),
+        (("--search-steps", "2"), "an option of models beside samples: --search-steps"),
+        (("--teacher", "x"), "an option of models beside samples: --teacher"),
+    ):
+        code, out, err = run(capsys, tmp_path / "samples.npz", "--data", "digits", *options)
+        assert code == 2 and out == "" and words in err and err.count("\n") == 1

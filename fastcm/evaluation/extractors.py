@@ -42,7 +42,7 @@ class ModuleFeatures:
 
     @torch.inference_mode()
     def extract(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).float() / 127.5 - 1
+        x = torch.from_numpy(np.array(images)).to(self.device).float() / 127.5 - 1
         try:
             output = self.module(x)
         except Exception as error:
@@ -85,7 +85,7 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def extract(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        x = torch.from_numpy(np.array(images)).to(self.device)
         features, scores = self.network(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x)
         return checked(self.name, len(images), features.double().cpu().numpy(), scores.double().cpu().numpy())
 

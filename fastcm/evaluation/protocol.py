@@ -134,7 +134,10 @@ def prepare(
         if reference is None:
             reference = compute_reference(extractor, images, rows, data_sha256=protocol["data_sha256"], cache=cache)
         parts |= {"extractor": extractor, "reference": reference}
-        if "fd" in metrics or judged:
+        if reference.values is None and (ROW_METRICS | {"fd"}) & set(metrics):
+            shown = ",".join(metrics)
+            raise InputError(f"a file of statistics with --metrics {shown}: it serves fid alone. Drop --reference, or pass --metrics fid.")
+        if "fd" in metrics or (judged and ROW_METRICS & set(metrics)):
             whole = reference if judged else compute_reference(
                 judge, images, judge.reference, data_sha256=protocol["data_sha256"], cache=cache
             )  # fmt: skip
