@@ -30,6 +30,7 @@ FLOORS = (
     "fastcm.consistency",
     "fastcm.weights",
     "fastcm.generation",
+    "fastcm.serving",
     "fastcm.evaluation",
     "fastcm.training",
     "fastcm.presets",
@@ -41,7 +42,9 @@ FLOORS = (
     "fastcm.__main__",
     "fastcm.benchmarks",
 )
-OPTIONAL = "triton onnx onnxscript onnxruntime diffusers tensorboard lpips torchvision torchmetrics scipy sklearn hypothesis pytest".split()
+OPTIONAL = (
+    "triton onnx onnxscript onnxruntime aiohttp diffusers tensorboard lpips torchvision torchmetrics scipy sklearn hypothesis pytest".split()
+)
 
 
 def relative(path):

@@ -25,6 +25,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("torchmetrics", "scipy"), "metrics"),
     **dict.fromkeys(("lpips", "torchvision"), "lpips"),
+    "aiohttp": "serve",
     **dict.fromkeys(("pytest", "diffusers"), "test"),
 }
 
