@@ -1,122 +1,146 @@
 """A denoiser to an ONNX file that is published only after ONNX Runtime has made torch's images with it."""
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.errors import InputError, RunError
+from fastcm.errors import InputError, RunError, nearest
+from fastcm.export import publish
+from fastcm.export.fusion import Fusion, fuse
 from fastcm.export.onnx_metadata import metadata
-from fastcm.export.parity import VARIATION as VARIATION
-from fastcm.export.parity import Comparison, Expected, check_file, variation
-from fastcm.export.program import Program, example_inputs, export_program, input_names
+from fastcm.export.parity import Comparison, check_images, cpu_run, variation
+from fastcm.export.program import Program, build, example_inputs, export_program
 from fastcm.export.quiet import quiet
+from fastcm.export.structure import check_structure
+from fastcm.export.targets import Target, chosen_opset, chosen_target
 from fastcm.export.translations import translations
 from fastcm.generation.generator import class_names
+from fastcm.generation.onnx_contract import GENERATE, SUPERRES, TASKS, TOLERANCE, Contract
 from fastcm.generation.request import chosen_sampler, noise_levels
 
-# The smallest opset that torch exports to without down-conversion. 19 and 20 give the same graph for these networks; from 21 on
-# GroupNorm is one node, which ONNX Runtime's fusions for CUDA do not recognise (they look for InstanceNormalization).
-OPSET = 18
-OPSETS = range(18, 24)
 # A protobuf message ends at 2 GiB; beyond this the weights go to a file of their own.
 SINGLE_FILE_BYTES = 2**31 - 2**24
+# Noise levels of an edit where none are asked for. The paper's grid has 39, and each is a copy of the network's nodes.
+EDIT_STEPS = 4
 
 
 class Exported(NamedTuple):
-    """What `export_onnx` made: the file, its noise levels, the comparisons with torch, one per batch size, and their tolerance.
+    """What `export_onnx` made: the file, its form and noise levels, and the comparisons with torch, one per batch size.
 
-    variation: how much pixels change with the seed; below VARIATION the comparisons say little.
+    reference: the fp32 program that it was compared with. variation: how much pixels change with the seed; below parity.VARIATION the
+    comparisons say little. fusion: what ONNX Runtime's own optimisation made of it, None where it was not asked for.
     """
 
     path: Path
+    contract: Contract
     sigmas: tuple[float, ...]
+    target: str
     opset: int
     comparisons: list[Comparison]
-    tolerance: float
+    reference: Program
     variation: float
+    fusion: Fusion | None = None
 
 
 def export_onnx(
-    denoiser: Denoiser,
-    info: dict,
-    *,
-    out: Path,
-    steps: int | None = None,
-    sigmas: Iterable[float] | None = None,
-    uint8: bool = False,
-    opset: int = OPSET,
-) -> Exported:
-    """Writes the whole generator as `out`: inputs noise fp32 [batch, C, H, W] ([batch, K, C, H, W] for K steps) and, for models with
-    classes, labels int64 [batch]; output images fp32 [batch, C, H, W] in [-1, 1], or uint8 [batch, H, W, C].
+    denoiser: Denoiser, info: dict, *, out: Path, steps: int | None = None, sigmas: Iterable[float] | None = None,
+    precision: str = "fp32", target: str = "ort", opset: int | None = None, batch: int | None = None, uint8: bool = False,
+    task: str = GENERATE, factor: int | None = None, seeded: bool = False, optimize: bool = False,
+) -> Exported:  # fmt: skip
+    """Writes the whole generator, or an editing task, as `out`; onnx_contract.py says what the graph takes and gives.
 
-    Every file is checked (see parity.py) before it gets its name; one that fails is an error and leaves nothing.
+    precision: "fp32", or "fp16" for half weights and activations; skip and output scaling, inputs and outputs stay fp32.
+    target: "ort", "tensorrt" or "web", which sets the opset and the form of GroupNorm. batch: fixed, or symbolic where None.
+    task: "generate", "inpaint" or "superres" with its `factor`. seeded: seeds in the place of noise. optimize: see fusion.py; "ort" alone.
+    Every file is checked (structure.py, parity.py) before it gets its name and its manifest; one that fails is an error and leaves nothing.
     """
     out = Path(out)
-    if opset not in OPSETS:
-        raise InputError(f"opset out of range in --opset: {opset}. Use {OPSETS[0]} to {OPSETS[-1]}.")
     if out.is_dir():
         raise InputError(f"a folder in --onnx: {out}. Give the name of a file.")
     if chosen_sampler(None, info) != "consistency":
         remedy = "One call gives its mean image; distil it first: fastcm train --method cd --teacher MODEL."
         raise InputError(f"a diffusion teacher in MODEL: it needs a solver. {remedy}")
+    if optimize and target != "ort":
+        raise InputError(f"ONNX Runtime's operators for another runtime in --optimize: --target {target}. Leave --optimize out.")
+    runtime = chosen_target(target, seeded=seeded)
+    opset = chosen_opset(opset, runtime)
+    if steps is None and sigmas is None and task != GENERATE:
+        steps = EDIT_STEPS
     levels = noise_levels(steps, sigmas, denoiser.preconditioning, info.get("sampling"))
-    expected = _expected(denoiser, info, steps=len(levels), uint8=uint8)
-    program = Program(_plain(denoiser), levels, classes=expected.classes, uint8=uint8)
-    model = convert(program, expected, opset=opset, properties=metadata(denoiser, info, sigmas=levels, precision="fp32"))
-    with _staging(out) as folder:
-        _write(model, folder / out.name)
-        comparisons = check_file(folder / out.name, program, expected)
-        _publish(folder, out)
-    return Exported(out, levels, opset, comparisons, expected.tolerance, variation(program, expected))
+    contract = _contract(
+        denoiser, info, steps=len(levels), precision=precision, batch=batch, uint8=uint8, task=task, factor=factor, seeded=seeded
+    )
+    whole = _plain(denoiser)
+    reference = build(whole, levels, contract._replace(precision="fp32"))
+    program = reference if precision == "fp32" else build(whole, levels, contract)
+    properties = metadata(denoiser, info, sigmas=levels, contract=contract)
+    model = convert(program, contract, target=runtime, opset=opset, properties=properties)
+    changes = variation(reference, contract)
+    with publish.staging(out, option="--onnx") as folder:
+        write(model, folder / out.name)
+        del model, program
+        check_structure(folder / out.name, contract, runtime)
+        fusion = None
+        if optimize:
+            fusion = fuse(folder / out.name, contract)
+            check_structure(folder / out.name, contract, runtime)
+        comparisons = check_images(cpu_run(folder / out.name), reference, contract, name=out.name)
+        exported = Exported(out, contract, levels, target, opset, comparisons, reference, changes, fusion)
+        publish.write_manifest(folder, out, _manifest(exported, runtime))
+        publish.publish(folder, out)
+    return exported
 
 
-def convert(program: Program, expected: Expected, *, opset: int, properties: dict[str, str]):
-    """The program as an onnx.ModelProto with a symbolic batch, without traces of the machine that exported it."""
+def convert(program: Program, contract: Contract, *, target: Target, opset: int, properties: dict[str, str]):
+    """The program as an onnx_ir.Model, without traces of the machine that exported it."""
     import onnx  # noqa: F401  (a missing package is named here, before torch wraps the error)
     import onnxscript  # noqa: F401
 
-    inputs = example_inputs(program, channels=expected.channels, resolution=expected.resolution, classes=expected.classes)
+    inputs = example_inputs(contract)
     try:
         with quiet(), torch.no_grad():
             exported = torch.onnx.export(
                 export_program(program, inputs),
                 dynamo=True,
-                input_names=input_names(expected.classes),
+                input_names=list(contract.inputs),
                 output_names=["images"],
-                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+                dynamic_shapes=tuple({0: "batch"} for _ in inputs) if contract.batch is None else None,
                 opset_version=opset,
-                custom_translation_table=translations(opset),
+                custom_translation_table=translations(opset, has_round="Round" in target.table.operators),
                 optimize=True,
                 external_data=False,
                 verbose=False,
             )
-            model = exported.model_proto
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         name = type(program.levels[0].network).__name__
         raise RunError(f"torch cannot export the network {name}: {reason}. Nothing was written.") from error
-    _clean(model, properties)
-    return model
+    return _clean(exported.model, properties)
 
 
-def _expected(denoiser: Denoiser, info: dict, *, steps: int, uint8: bool) -> Expected:
+def _contract(denoiser: Denoiser, info: dict, **form) -> Contract:
+    """The form that is asked for, checked."""
     config = getattr(denoiser.network, "config", None)
+    channels, resolution = info.get("channels") or config.in_channels, info.get("resolution") or config.resolution
+    for option, value, choices in (("--precision", form["precision"], TOLERANCE), ("--task", form["task"], TASKS)):
+        if value not in choices:
+            raise InputError(f"unknown value in {option}: {value}. Use one of {', '.join(choices)}.{nearest(str(value), choices)}")
+    if form["seeded"] and form["task"] != GENERATE:
+        raise InputError(f"two options that exclude each other: --seeded and --task {form['task']}. An edit takes its noise.")
+    batch, factor = form["batch"], form["factor"]
+    if batch is not None and not 1 <= batch <= 4096:
+        raise InputError(f"illegal value in --batch: {batch}. Give an integer from 1 to 4096, or leave it out.")
+    if form["task"] == SUPERRES:
+        form["factor"] = factor = 4 if factor is None else factor
+        if factor < 2 or resolution % factor:
+            raise InputError(f"illegal value in --factor: {factor}. Give an integer from 2 on that divides {resolution}.")
+    elif factor is not None:
+        raise InputError(f"an option for superres alone: --factor {factor}. Leave it out.")
     classes = class_names(denoiser, info)
-    return Expected(
-        steps=steps,
-        channels=info.get("channels") or config.in_channels,
-        resolution=info.get("resolution") or config.resolution,
-        classes=len(classes) if classes else None,
-        uint8=uint8,
-        precision="fp32",
-    )
+    return Contract(channels=channels, resolution=resolution, classes=len(classes) if classes else None, **form)
 
 
 def _plain(denoiser: Denoiser) -> Denoiser:
@@ -125,48 +149,43 @@ def _plain(denoiser: Denoiser) -> Denoiser:
     return Denoiser(network, denoiser.preconditioning).to("cpu", torch.float32).eval()
 
 
-def _clean(model, properties: dict[str, str]) -> None:
-    """Sets the metadata properties and drops per-node ones, which hold stack traces with local paths."""
-    model.doc_string = model.graph.doc_string = ""
+def _clean(model, properties: dict[str, str]):
+    """Sets the metadata properties and drops those of nodes and values, which hold stack traces with local paths."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    model = ClearMetadataAndDocStringPass()(model).model
     model.producer_name, model.producer_version = "fastcm", properties["fastcm.version"].strip('"')
-    graph = model.graph
-    for holder in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del holder.metadata_props[:]
-    for node in model.graph.node:
-        node.doc_string = ""
-    for key, value in sorted(properties.items()):
-        model.metadata_props.add(key=key, value=value)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.metadata_props.update(sorted(properties.items()))
+    return model
 
 
-def _write(model, path: Path) -> None:
-    import onnx
+def write(model, path: Path) -> None:
+    """One file, or two where the weights pass protobuf's limit."""
+    import onnx_ir
 
-    if model.ByteSize() < SINGLE_FILE_BYTES:
-        path.write_bytes(model.SerializeToString(deterministic=True))
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size < SINGLE_FILE_BYTES:
+        path.write_bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
     else:
-        onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
+        onnx_ir.save(model, path, external_data=f"{path.name}.data")
 
 
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder on the file system of `out` that is gone afterwards, whatever happens."""
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".tmp-export-", dir=place))
-    except OSError as error:
-        raise InputError(f"cannot write in {place}: {error.strerror}. Choose another place for --onnx.") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Renames the checked files into place, the one that names the others last."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == out.name):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(file, out.with_name(file.name))
+def _manifest(exported: Exported, target: Target) -> dict:
+    contract = exported.contract
+    inputs = {name: {"type": dtype.__name__, "shape": ["batch", *shape]} for name, (shape, dtype) in contract.inputs.items()}
+    shape, dtype = contract.output
+    return {
+        "target": {"name": target.name, "operators": f"{target.table.source} ({target.table.version})", "opset": exported.opset},
+        "graph": {**contract._asdict(), "sigmas": list(exported.sigmas)},
+        "inputs": inputs,
+        "outputs": {"images": {"type": dtype.__name__, "shape": ["batch", *shape]}},
+        **({} if exported.fusion is None else {"fused by ONNX Runtime": exported.fusion._asdict()}),
+        "compared with torch": {
+            "tolerance": contract.tolerance,
+            "variation between seeds": exported.variation,
+            "batches": [row._asdict() for row in exported.comparisons],
+        },
+    }

@@ -1,4 +1,4 @@
-"""ONNX forms of three operators, shorter than torch's own: fixed shapes are written down, only the batch stays open."""
+"""ONNX forms of some operators, shorter than torch's own: fixed shapes are written down, only the batch stays open."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,13 @@ import torch
 LAST_WITHOUT_GROUP_NORM = 20
 
 
-def translations(opset: int) -> dict[object, Callable]:
-    """The custom_translation_table of torch.onnx.export for graphs of `opset`."""
+def translations(opset: int, *, has_round: bool = True) -> dict[object, Callable]:
+    """The custom_translation_table of torch.onnx.export for graphs of `opset`. has_round: whether the runtime has an operator Round."""
     from onnxscript import opset18 as op
 
     def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
         channels, *pixels = (int(size) for size in x.shape[1:])
-        one, zero = (op.Constant(value_floats=[value] * num_groups) for value in (1.0, 0.0))
+        one, zero = (op.CastLike(op.Constant(value_floats=[value] * num_groups), x) for value in (1.0, 0.0))
         groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
         # In a Reshape, 0 copies a dimension: the batch keeps its name.
         norm = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Constant(value_ints=[0, channels, *pixels]))
@@ -34,8 +34,14 @@ def translations(opset: int) -> dict[object, Callable]:
     def unbind(x, dim=0):
         return tuple(op.Gather(x, op.Constant(value_int=index), axis=dim) for index in range(int(x.shape[dim])))
 
+    def round_half_up(x):
+        # A value next to a half may round to either side, as everywhere between runtimes.
+        return op.Floor(op.Add(x, op.CastLike(op.Constant(value_float=0.5), x)))
+
     aten = torch.ops.aten
     table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
+    if not has_round:
+        table[aten.round.default] = round_half_up
     if opset <= LAST_WITHOUT_GROUP_NORM:
         table[aten.group_norm.default] = group_norm
     return table

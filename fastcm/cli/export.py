@@ -1,4 +1,4 @@
-"""`fastcm export`: a model as one ONNX file, checked against torch before it is written."""
+"""`fastcm export`: a model as one ONNX file, checked against torch before it is written, and as a TensorRT engine."""
 
 import argparse
 from pathlib import Path
@@ -12,14 +12,36 @@ def add(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run or model folder, a diffusers folder, an OpenAI .pt or an EDM .pkl")
     parser.add_argument("--onnx", nargs="?", const="", metavar="OUT.onnx", help="the file to write; MODEL/model.onnx without a value")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--steps", type=int, metavar="K", help="network calls in the graph (default: 1)")
+    group.add_argument("--steps", type=int, metavar="K", help="network calls in the graph (default: 1; with --task: 4)")
     group.add_argument("--sigmas", type=sigma_list, metavar="LIST", help="the graph's noise levels, from high to low, as 80,0.8")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default), or fp16: half inside, inputs and outputs fp32")
+    runtimes = "the runtime: ort (ONNX Runtime, the default), tensorrt (the default with --tensorrt) or web (WebGPU)"
+    parser.add_argument("--target", default=None, help=runtimes)
+    parser.add_argument("--opset", type=int, metavar="N", help="the operator set, 18 to 23 (default: the target's own)")
+    parser.add_argument("--batch", type=int, metavar="N", help="a fixed number of images (default: any)")
     parser.add_argument("--uint8", action="store_true", help="images as uint8 [batch, H, W, C], not float32 [batch, C, H, W] in [-1, 1]")
-    parser.add_argument("--opset", type=int, metavar="N", help="the operator set, 18 to 23 (default: 18)")
+    parser.add_argument("--seeded", action="store_true", help="seeds in the place of noise: the same images as fastcm, on CPUs alone")
+    fusions = "apply ONNX Runtime's own fusions, where they change nothing; the graph then needs ONNX Runtime"
+    parser.add_argument("--optimize", action="store_true", help=fusions)
+    parser.add_argument("--task", default="generate", help="generate (default), or an edit: inpaint, superres")
+    engine = "build an engine from the graph; without TensorRT and a GPU: write the commands that build it"
+    parser.add_argument("--tensorrt", metavar="OUT.plan", help=engine)
+    parser.add_argument("--profile", type=batch_list, metavar="MIN,OPT,MAX", help="the engine's batches (default: 1,4,16)")
+    parser.add_argument("--factor", type=int, metavar="P", help="superres: the enlargement (default: 4)")
 
 
-def output_path(onnx: str | None, model: Path) -> Path:
-    """Where the file goes: --onnx's value, else model.onnx in the model's folder or beside its file."""
+def batch_list(text: str) -> tuple[int, ...]:
+    """`1,4,16` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"not a profile in --profile: {text}. Write it as MIN,OPT,MAX, as 1,4,16.") from None
+
+
+def output_path(onnx: str | None, model: Path, plan: str | None = None) -> Path:
+    """Where the file goes: --onnx's value, else model.onnx in the model's folder or beside its file, or beside the plan."""
+    if plan is not None and not onnx:
+        return Path(plan).with_suffix(".onnx")
     if onnx is None:
         raise InputError("nothing to write in fastcm export: no target. Give --onnx [OUT.onnx].")
     if onnx:
@@ -33,19 +55,47 @@ def output_path(onnx: str | None, model: Path) -> Path:
 def run(args: argparse.Namespace) -> int:
     from fastcm import api
 
-    out = output_path(args.onnx, Path(args.model))
+    out = output_path(args.onnx, Path(args.model), args.tensorrt)
+    plan = None if args.tensorrt is None else Path(args.tensorrt)
+    if plan is not None and plan.suffix not in (".plan", ".engine"):
+        raise InputError(f"unknown kind of file in --tensorrt: {plan}. Give a name that ends in .plan.")
+    if plan is None and args.profile is not None:
+        raise InputError("an option of --tensorrt alone: --profile. Give --tensorrt OUT.plan, or leave it out.")
+    target = args.target or ("ort" if plan is None else "tensorrt")
     denoiser, info = api.load_denoiser(args.model)
 
-    from fastcm.export import to_onnx
-    from fastcm.export.parity import table
+    from fastcm.export import to_onnx, to_tensorrt
+    from fastcm.export.parity import VARIATION, table
 
+    batches = to_tensorrt.profile(args.profile, args.batch)
     exported = to_onnx.export_onnx(
-        denoiser, info, out=out, steps=args.steps, sigmas=args.sigmas, uint8=args.uint8, opset=args.opset or to_onnx.OPSET
-    )
+        denoiser, info, out=out, steps=args.steps, sigmas=args.sigmas, precision=args.precision, target=target,
+        opset=args.opset, batch=args.batch, uint8=args.uint8, task=args.task, factor=args.factor, seeded=args.seeded,
+        optimize=args.optimize,
+    )  # fmt: skip
     print("ONNX Runtime against torch, largest and mean difference of a pixel" + (" in levels of 255" if args.uint8 else " in [-1, 1]"))
-    print(*table(exported.comparisons, exported.tolerance), sep="\n")
-    if exported.variation < to_onnx.VARIATION:
+    print(*table(exported.comparisons, exported.contract.tolerance), sep="\n")
+    if exported.variation < VARIATION:
         print(f"note: pixels vary by {exported.variation:.2g} between seeds, so this comparison says little. Is the model trained?")
     sigmas = ",".join(f"{sigma:g}" for sigma in exported.sigmas)
-    print(f"{exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB, opset {exported.opset}, sigmas {sigmas})")
+    size = exported.path.stat().st_size / 1e6
+    print(f"{exported.path} ({size:.1f} MB, opset {exported.opset} for {exported.target}, {args.precision}, sigmas {sigmas})")
+    if exported.fusion is not None:
+        change = "kept" if exported.fusion.kept else "not kept"
+        print(f"ONNX Runtime's fusions: {exported.fusion.nodes_before} nodes to {exported.fusion.nodes_after}, {change}")
+    if plan is not None:
+        engine(exported, plan, batches)
     return 0
+
+
+def engine(exported, plan: Path, batches) -> None:
+    """The engine itself, or the script that builds it."""
+    from fastcm.export import to_tensorrt
+    from fastcm.export.parity import table
+
+    if not to_tensorrt.can_build():
+        script = to_tensorrt.write_commands(exported, plan, batches)
+        print(f"{script} (no TensorRT or no GPU here: run it beside the .onnx on a machine that has both)")
+        return
+    print("TensorRT against torch", *table(to_tensorrt.build_engine(exported, plan, batches), exported.contract.tolerance), sep="\n")
+    print(plan)

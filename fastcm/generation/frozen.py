@@ -74,14 +74,16 @@ def fold(network: nn.Module, c_noise: Tensor, *, classes: int | None, worker: nn
 
 
 @torch.no_grad()
-def freeze(denoiser: Denoiser, sigma: float, *, classes: int | None = None, worker: nn.Module | None = None) -> FrozenLevel:
+def freeze(
+    denoiser: Denoiser, sigma: float, *, classes: int | None = None, worker: nn.Module | None = None, folded: bool = True
+) -> FrozenLevel:
     """The denoiser at `sigma` alone. worker: the network's twin in the dtype to work in, the network itself where not given.
 
-    A network that cannot be folded keeps its embedding, computed at every call.
+    A network that cannot be folded, or should not be, keeps its embedding, computed at every call.
     """
     worker = denoiser.network if worker is None else worker
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     coefficients = denoiser.coefficients(torch.tensor([sigma], dtype=torch.float32, device=device))
-    if can_fold(denoiser.network):
+    if folded and can_fold(denoiser.network):
         worker = fold(denoiser.network, coefficients.c_noise, classes=classes, worker=worker)
     return FrozenLevel(worker, coefficients, sigma).eval()

@@ -1,7 +1,7 @@
 """An exported file as a generator: the same call as torch's, run by ONNX Runtime."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +10,24 @@ import torch
 from fastcm import kernels
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, RunError, nearest
+from fastcm.generation.onnx_binding import Buffers
+from fastcm.generation.onnx_contract import GENERATE, Contract
+from fastcm.generation.onnx_editing import OnnxEditing
 from fastcm.generation.onnx_session import PROVIDERS, open_session
 from fastcm.generation.request import check_output, finished, label_array, noise_levels, seed_array
 from fastcm.generation.sampler import SeedNoise
 
 # Elements of one batch: the CPU kernels of ONNX Runtime gain nothing beyond.
 BATCH_ELEMENTS = 1 << 16
+Feeds = dict[str, np.ndarray]
+TENSOR_TYPES = {np.float32: "tensor(float)", np.int64: "tensor(int64)", np.uint8: "tensor(uint8)"}
 
 
-class OnnxGenerator:
+class OnnxGenerator(OnnxEditing):
     """generator(seeds, labels) -> images from a file that `fastcm export --onnx` wrote. Safe to call from many threads.
 
     provider: "auto", "cpu", "cuda" or "tensorrt"; `.provider` is the one that is really active. The graph's noise levels are fixed.
+    A file of an editing task has that task as its method instead: generator.inpaint(image, mask, seeds), generator.superres(image).
     """
 
     def __init__(self, path: str | Path, provider: str = "auto"):
@@ -34,32 +40,31 @@ class OnnxGenerator:
         self._session, active = open_session(self.path, provider)
         self.provider = f"ONNX Runtime {PROVIDERS[active]}"
         self.device = "cpu" if active == "cpu" else "cuda"
-        properties = self._properties()
-        self.info, self.graph_sigmas, self.precision = properties
+        self.info, self.graph_sigmas, self.contract = self._properties()
         self.preconditioning = Preconditioning(**self.info["preconditioning"])
-        noise, image = self._session.get_inputs()[0], self._session.get_outputs()[0]
-        self._uint8 = image.type == "tensor(uint8)"
-        self.channels, self.resolution = noise.shape[-3], noise.shape[-1]
-        self.classes = self._classes()
-        self.batch_size = max(1, BATCH_ELEMENTS // (self.channels * self.resolution**2))
+        self.precision = self.contract.precision
+        self.channels, self.resolution = self.contract.channels, self.contract.resolution
+        names = range(self.contract.classes or 0)
+        self.classes = self.info.get("classes") or [str(number) for number in names] or None
+        self.batch_size = self.contract.batch or max(1, BATCH_ELEMENTS // (self.channels * self.resolution**2))
+        self._buffers = Buffers(self._session, self.contract, self.device)
 
-    def _properties(self) -> tuple[dict, tuple[float, ...], str]:
+    def _properties(self) -> tuple[dict, tuple[float, ...], Contract]:
+        """(config, noise levels, contract) as the file states them; InputError where its inputs are others than it says."""
         properties = self._session.get_modelmeta().custom_metadata_map
-        inputs, outputs = ([value.name for value in values] for values in (self._session.get_inputs(), self._session.get_outputs()))
+        values = [(value.name, value.type, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
         try:
-            info, sigmas, precision = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "precision"))
-        except (KeyError, ValueError):
-            info = None
-        if info is None or inputs not in (["noise"], ["noise", "labels"]) or outputs != ["images"]:
-            found = f"inputs {', '.join(inputs)}"
-            raise InputError(f"not a generator exported by fastcm in {self.path}: {found}. Use fastcm export MODEL --onnx.")
-        return info, tuple(sigmas), precision
-
-    def _classes(self) -> list[str] | None:
-        if len(self._session.get_inputs()) == 1:
-            return None
-        count = self.info.get("network", {}).get("num_classes") or 0
-        return self.info.get("classes") or [str(number) for number in range(count)]
+            info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
+            contract = Contract(**form)
+            stated = {**contract.inputs, "images": contract.output}
+            wanted = [(name, TENSOR_TYPES[dtype], list(shape)) for name, (shape, dtype) in stated.items()]
+            known = values == wanted and isinstance(info["preconditioning"], dict) and len(sigmas) == contract.steps
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+            known = False
+        if not known:
+            found = f"inputs {', '.join(value.name for value in self._session.get_inputs())}"
+            raise InputError(f"not a generator exported by this fastcm in {self.path}: {found}. Use fastcm export MODEL --onnx.")
+        return info, tuple(sigmas), contract
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -90,30 +95,50 @@ class OnnxGenerator:
         seeds = seed_array(seeds)
         labels = label_array(labels, seeds, self.classes)
         self.sigmas(steps, sigmas)
+        if self.contract.task != GENERATE:
+            raise InputError(f"a graph that edits pictures in MODEL: {self.path}. Use fastcm edit {self.contract.task}.")
         if sampler not in (None, "consistency"):
             raise InputError(f"a solver for an exported graph in --sampler: {sampler}. Use the folder that it was exported from.")
-        if output == "float" and self._uint8:
-            raise InputError(f"float images from a uint8 graph in output: {self.path}. Export it without --uint8.")
-        return self._batches(seeds, labels, output)
+        return self._batches(seeds, labels, output, lambda count: {})
 
-    def _batches(self, seeds: np.ndarray, labels: np.ndarray | None, output: str):
+    def _batches(self, seeds: np.ndarray, labels: np.ndarray | None, output: str, pictures: Callable[[int], Feeds]):
+        """Images batch by batch; pictures(count): what an edit takes besides noise and labels, for so many images."""
+        if output == "float" and self.contract.uint8:
+            raise InputError(f"float images from a uint8 graph in output: {self.path}. Export it without --uint8.")
         for start in range(0, len(seeds), self.batch_size):
             rows = slice(start, start + self.batch_size)
             part = None if labels is None else labels[rows]
-            yield seeds[rows], part, self._batch(seeds[rows], part, output)
+            feeds = {**pictures(len(seeds[rows])), **self._drawn_inputs(seeds[rows]), **({} if part is None else {"labels": part})}
+            yield seeds[rows], part, self._images(feeds, seeds[rows], output)
 
-    def _batch(self, seeds: np.ndarray, labels: np.ndarray | None, output: str) -> np.ndarray:
+    def _drawn_inputs(self, seeds: np.ndarray) -> Feeds:
+        """The seeds themselves, or the noise that they stand for."""
+        if self.contract.seeded:
+            return {"seeds": seeds}
         source = SeedNoise(torch.from_numpy(seeds.copy()), (self.channels, self.resolution, self.resolution))
         fields = [source.normal(step) for step in range(len(self.graph_sigmas))]
-        feed = {"noise": (fields[0] if len(fields) == 1 else torch.stack(fields, dim=1)).numpy()}
-        if labels is not None:
-            feed["labels"] = labels
+        return {"noise": (fields[0] if len(fields) == 1 else torch.stack(fields, dim=1)).numpy()}
+
+    def run(self, feeds: Feeds) -> np.ndarray:
+        """The graph itself: inputs by name with a row per image, as `.contract.inputs` has them -> its images, checked for nothing.
+
+        Raises InputError for names, types, shapes and numbers that it does not take, RunError where ONNX Runtime fails.
+        """
+        feeds = {name: np.asarray(array) for name, array in feeds.items()}
+        self.contract.check(feeds)
+        shape, dtype = self.contract.output
+        if len(next(iter(feeds.values()))) == 0:
+            return np.empty((0, *shape), dtype)
         try:
-            images = self._session.run(["images"], feed)[0]
+            return self._buffers.run(feeds)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"ONNX Runtime failed in {self.path}: {reason}. Export it again.") from None
-        if self._uint8:
+
+    def _images(self, feeds: Feeds, seeds: np.ndarray, output: str) -> np.ndarray:
+        """The images of one batch, uint8 or float32 [B, H, W, C]."""
+        images = self.run(feeds)
+        if self.contract.uint8:
             return images
         finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
         if not finite.all():

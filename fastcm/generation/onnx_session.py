@@ -49,16 +49,31 @@ def open_session(path: Path, provider: str):
 
 
 def _strict(onnxruntime, path: Path, provider: str):
-    session = _session(onnxruntime, path, [PROVIDERS[provider], *FALLBACKS[provider]])
+    """A session whose first provider is the asked one. Where it cannot take every node, the CPU helps it, and a line says so."""
+    if provider == "cpu":
+        session = _session(onnxruntime, path, [PROVIDERS[provider]])
+    else:
+        # A captured graph needs every node on the GPU, so the whole and the graph go together.
+        graph = {"enable_cuda_graph": "1"} if provider == "cuda" else {}
+        providers = [(PROVIDERS[provider], graph), *FALLBACKS[provider]]
+        try:
+            session = _session(onnxruntime, path, providers, cpu_fallback=False)
+        except InputError:
+            session = _session(onnxruntime, path, [PROVIDERS[provider], *FALLBACKS[provider]])
+            if session.get_providers()[0] == PROVIDERS[provider]:
+                lacking = f"it has nodes that provider {provider} lacks, as the integers of a seeded graph"
+                _warn_once(f"{path.name} runs partly on the CPU: {lacking}. Export it with noise as its input.")
     active = session.get_providers()
     if active[0] != PROVIDERS[provider]:
         raise RunError(f"provider not active in --provider: {provider}. ONNX Runtime fell back to {active[0]}; {REMEDIES[provider]}.")
     return session
 
 
-def _session(onnxruntime, path: Path, providers: list[str]):
+def _session(onnxruntime, path: Path, providers: list, *, cpu_fallback: bool = True):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if not cpu_fallback:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # ONNX Runtime prints when a provider fails
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
