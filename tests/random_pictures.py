@@ -106,3 +106,10 @@ def write_cifar(root, *, per_batch):
     for name, content in files.items():
         (root / name).write_bytes(content)
     return pictures, labels
+
+
+def oversized_header():
+    """A pax header that claims a gigabyte."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, 999_999_999
+    return member.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)

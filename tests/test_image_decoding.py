@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from random_pictures import random_pixels, write_folder
 
 from fastcm.errors import InputError
@@ -49,6 +50,12 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert red > 250 and green < 5 and blue < 5
 
 
+def test_cmyk_without_loss(tmp_path):
+    image = Image.new("CMYK", (2, 2))
+    image.putdata([(0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255), (10, 20, 30, 0)])
+    assert golden(tmp_path, image, "x.tif") == [[[255, 0], [0, 245]], [[0, 255], [0, 235]], [[0, 0], [0, 225]]]
+
+
 def test_float_pixels_are_refused(tmp_path):
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(BadImageError, match="32-bit float"):
@@ -63,10 +70,27 @@ def test_exif_orientation_is_applied(tmp_path, orientation, expected):
     assert golden(tmp_path, image, grey=True, exif=exif) == [expected]
 
 
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("L", (2, 2), value) for value in (9, 200)]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert decode(tmp_path / "x.gif", resolution=2, grey=True).tolist() == [[[9, 9], [9, 9]]]
+@pytest.mark.parametrize("place", ["x.tif", "x.webp", "xmp"])
+def test_orientation_wherever_it_is_written(tmp_path, place):
+    image = Image.fromarray(np.array([[1, 2], [3, 4]], dtype=np.uint8)).convert("RGB" if place == "x.webp" else "L")
+    if place == "xmp":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+        options, name = {"pnginfo": info}, "x.png"
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options, name = {"exif": exif, **({"lossless": True} if place == "x.webp" else {})}, place
+    assert golden(tmp_path, image, name, grey=True, **options) == [[[3, 1], [4, 2]]]
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.png", "x.webp", "x.tif"])
+def test_first_frame_of_an_animation(tmp_path, name):
+    frames = [Image.new("RGB", (2, 2), (value, value, value)) for value in (9, 200)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if name == "x.webp" else {}))
+    with Image.open(tmp_path / name) as image:
+        assert image.n_frames == 2
+    assert decode(tmp_path / name, resolution=2, grey=True).tolist() == [[[9, 9], [9, 9]]]
 
 
 def test_crop_and_resize_rule():

@@ -138,7 +138,7 @@ def open_dataset(
 def _from_pictures(source: Source, resolution: int | None, bad_images: str, cache: Path, progress: bool) -> Dataset:
     """A folder, zip or tar shards: the entry of the last time where nothing changed, else listed, and decoded or streamed once."""
     root, name = source.root, source.name
-    key = image_cache.entry_key(["source", source.kind, *source.files, source.labels_file, source.limit, resolution])
+    key = source.key(resolution)
     known, changed = image_cache.recall(cache, key)
     opened = None if known is None else _open(cache / known, root, bad_images)
     if opened is None:

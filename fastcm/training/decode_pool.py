@@ -99,7 +99,7 @@ class DecodePool:
 
     def _start(self) -> subprocess.Popen:
         command = [sys.executable, "-P", "-m", "fastcm.training.decode_worker"]
-        path = os.pathsep.join(filter(None, sys.path))
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii", env={**os.environ, "PYTHONPATH": path}
         )

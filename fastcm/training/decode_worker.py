@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastcm.training.image_decoding import BadImageError, OtherSizeError, decode, read_header
+from fastcm.training.image_decoding import BadImageError, OtherSizeError, bombs_raise, decode, read_header
 from fastcm.training.picture_files import ChangedError, Span, read_span
 
 
@@ -85,6 +85,7 @@ def answer(task: Task, descriptor: int, job: dict[str, Any]) -> Any:
 def main() -> None:
     """Answers lines until the input ends; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    bombs_raise()
     task = Task(*json.loads(sys.stdin.readline()))
     descriptor = os.open(task.out, os.O_WRONLY | os.O_CLOEXEC)
     for line in sys.stdin:

@@ -22,6 +22,7 @@ from fastcm.errors import InputError, RunError
 
 VERSION = 2
 WATCHED_FILES = 20_000  # of a folder with more pictures, so many are looked at when it is opened again, evenly spaced
+MAPPED_LABELS_BYTES = 64 << 20
 SPARED = 0.1  # the share of the free disk space that a cache leaves
 
 
@@ -57,11 +58,16 @@ def open_entry(entry: Path) -> Entry | None:
         if manifest["version"] != VERSION or (entry / "images.bin").stat().st_size != int(np.prod(shape)):
             return None
         images = np.memmap(entry / "images.bin", dtype=np.uint8, mode="r", shape=shape)
-        labels = np.load(entry / "labels.npy", allow_pickle=False, mmap_mode="r") if manifest["labelled"] else None
+        labels = load_labels(entry / "labels.npy") if manifest["labelled"] else None
         bad = tuple((entry / "bad_images.txt").read_text(encoding="utf-8").splitlines()) if manifest["bad"] else ()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Entry(images, labels, tuple(manifest["classes"]) if manifest["classes"] else None, manifest["fingerprint"], bad)
+
+
+def load_labels(path: Path) -> np.ndarray:
+    """int64 [N]: in memory, or mapped where they are many."""
+    return np.load(path, allow_pickle=False, mmap_mode="r" if path.stat().st_size > MAPPED_LABELS_BYTES else None)
 
 
 def gather(images: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ The rule, in this order:
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+ORIENTATION_INFO = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow finds an orientation outside TIFF
 
 
 class BadImageError(Exception):
@@ -64,15 +66,17 @@ def decode(picture: Path | bytes, *, resolution: int, grey: bool, exact: bool = 
         if exact and image.size != (resolution, resolution):
             raise OtherSizeError(image.size)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        if hasattr(image, "tag_v2") or not ORIENTATION_INFO.isdisjoint(image.info):  # looking for it costs as much as decoding a small PNG
+            ImageOps.exif_transpose(image, in_place=True)
         return to_pixels(eight_bits(image, grey=grey), resolution=resolution)
 
 
 @contextmanager
 def _opened(picture: Path | bytes) -> Iterator[Image.Image]:
     """The picture, whatever goes wrong with it turned into BadImageError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with nullcontext() if _bombs_raise_everywhere else warnings.catch_warnings():
+        if not _bombs_raise_everywhere:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as image:
                 yield image
@@ -80,6 +84,16 @@ def _opened(picture: Path | bytes) -> Iterator[Image.Image]:
             raise
         except Exception as error:  # hostile files make Pillow raise nearly anything: struct.error, SyntaxError, IndexError
             raise BadImageError(_reason(picture, error)) from error
+
+
+_bombs_raise_everywhere = False
+
+
+def bombs_raise() -> None:
+    """Makes Pillow's bomb warning an error for all of this process: for one that does nothing but decode, where doing it per file costs."""
+    global _bombs_raise_everywhere
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    _bombs_raise_everywhere = True
 
 
 def eight_bits(image: Image.Image, *, grey: bool) -> Image.Image:
@@ -103,8 +117,10 @@ def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
     scale = resolution / min(image.size)
     if scale != 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    if image.size != (resolution, resolution):
+        left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+        image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 

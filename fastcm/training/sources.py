@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from fastcm.errors import InputError, nearest
 from fastcm.training import cifar, labels, tar_shards
+from fastcm.training.image_cache import entry_key
 from fastcm.training.image_decoding import EXTENSIONS, BadImageError
 from fastcm.training.labels import LABEL_FILES, MAX_CLASSES, Classes
 from fastcm.training.picture_files import ChangedError, Span, read_span
@@ -212,6 +213,10 @@ class Source:
     @property
     def has_pictures(self) -> bool:
         return self.kind in ("folder", "zip", "tar")
+
+    def key(self, resolution: int | None) -> str:
+        """The key by which the cache remembers what this source was at a resolution."""
+        return entry_key(["source", self.kind, *self.files, self.labels_file and self.labels_file.resolve(), self.limit, resolution])
 
     def listing(self) -> Listing:
         """Lists the pictures; seconds for a million. Raises InputError."""

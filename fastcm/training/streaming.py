@@ -183,7 +183,7 @@ def open_stream(entry: Path, root: Path, bad_images: str) -> image_cache.Entry |
         manifest = json.loads((entry / "stream.json").read_text(encoding="utf-8"))
         if manifest["version"] != image_cache.VERSION:
             return None
-        labels = np.load(entry / "labels.npy", mmap_mode="r", allow_pickle=False) if (entry / "labels.npy").exists() else None
+        labels = image_cache.load_labels(entry / "labels.npy") if (entry / "labels.npy").exists() else None
         images = StreamedImages(StreamIndex(entry), Form(*manifest["form"]), root=root, bad_images=bad_images)
         names = tuple(manifest["classes"]) if manifest["classes"] else None
         return image_cache.Entry(images, labels, names, manifest["fingerprint"], ())
