@@ -38,7 +38,8 @@ def test_commands_of_the_page_are_fastcms():
     parser = cli.build_parser("export")
     known = {option for action in cli._actions_of(parser, "export") for option in action.option_strings}
     commands = re.findall(r"fastcm export [^`\n]+", PAGE)
-    named = set(re.findall(r"--[a-z0-9]+", " ".join(commands + re.findall(r"^\| `[^|]*`(?= \|)|^\| `--target.*?`", PAGE, flags=re.MULTILINE))))
+    rows = re.findall(r"^\| `[^|]*`(?= \|)|^\| `--target.*?`", PAGE, flags=re.MULTILINE)
+    named = set(re.findall(r"--[a-z0-9]+", " ".join(commands + rows)))
     assert len(commands) >= 4 and named <= known
     assert {option for option in known if option.startswith("--")} - named <= {"--help", "--version", "--debug", "--opset"}
 
