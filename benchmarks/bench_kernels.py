@@ -102,11 +102,9 @@ def measure_cases(cases: list[BenchCase], args: argparse.Namespace) -> int:
 def backends(case: BenchCase, *, quick: bool, device: torch.device) -> dict[str, Callable[..., Any]]:
     """Returns what is measured for a case, by backend name. `compile_reference`: the reference compiled, where the idiom is another."""
     idiom = case.idiom or case.reference
-    found = {"eager": idiom, **case.variants}
-    if not (quick and device.type == "cpu"):
-        found["compile"] = torch.compile(idiom, dynamic=False)
-        if case.idiom is not None:
-            found["compile_reference"] = torch.compile(case.reference, dynamic=False)
+    found = {"eager": idiom, **case.variants, "compile": torch.compile(idiom, dynamic=False)}
+    if case.idiom is not None:
+        found["compile_reference"] = torch.compile(case.reference, dynamic=False)
     if not quick and device.type == "cuda":
         found["compile_max"] = torch.compile(idiom, dynamic=False, mode="max-autotune-no-cudagraphs")
     found["fastcm"] = _by_kernel(case.fastcm)

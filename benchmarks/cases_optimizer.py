@@ -12,29 +12,33 @@ from fastcm.benchmarks.kernel_cases import AotCase, BenchCase, Budget, kernel_mo
 
 _optimizer, _ema = (kernel_module(stem) for stem in ("optimizer_step", "ema_update"))
 _BETAS, _EPS = (0.9, 0.999), 1e-8
-# Parameters of the networks for digits, CIFAR-10, ImageNet 64x64 and LSUN 256x256.
-_DIGITS, _CIFAR, _IMAGENET, _LSUN = 430_000 // 16 * 16, 55_700_000, 296_000_000, 526_000_000
+# Elements of the flat buffers of the networks for digits, CIFAR-10, ImageNet 64x64 and LSUN 256x256, and their parameters' tensors.
+NETWORKS = {"digits": (427_104, 129), "cifar10": (55_732_752, 416), "imagenet64": (295_899_280, 541), "lsun256": (526_304_784, 566)}
+_DIGITS, _CIFAR, _IMAGENET, _LSUN = (elements for elements, _ in NETWORKS.values())
 
 
-def _step_case(kind: str, averages: int, low: torch.dtype | None, budget: Budget) -> AotCase:
+def _step_case(kind: str, averages: int, low: torch.dtype | None = None, n: int = 1 << 20) -> AotCase:
     """`averages` evaluation averages beside the target, and with `low` 16-bit gradients and copies of weights and target."""
-    n = 1 << 20
+
+    def empty(size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device="meta")
 
     def call():
-        one, grad = torch.empty(1), torch.empty(n, dtype=low or torch.float32)
-        copies = [None if low is None else torch.empty(n, dtype=low) for _ in range(2)]
-        buffers = [torch.empty(n) for _ in range(4 + averages)]
+        one, grad = empty(1), empty(n, low or torch.float32)
+        copies = [None if low is None else empty(n, low) for _ in range(2)]
+        buffers = [empty(n) for _ in range(4 + averages)]
         return _optimizer._launch_fwd(
-            kind, buffers[0], grad, *buffers[1:3], torch.zeros(1, dtype=torch.int64), one, one, _EPS, 0.01, 1.0, *_BETAS,
-            buffers[4:], buffers[3], one, torch.empty(averages), *copies,
+            kind, buffers[0], grad, *buffers[1:3], empty(1, torch.int64), one, one, _EPS, 0.01, 1.0, *_BETAS,
+            buffers[4:], buffers[3], one, empty(averages), *copies,
         )  # fmt: skip
 
     copies = f", {str(low).removeprefix('torch.')} gradient and copies" if low else ""
     variant = f"{kind}, target, {averages} average{'s' * (averages != 1)}{copies}"
+    budget = _step_budget(1 + averages, low=low is not None, n=n)
     return AotCase(op="optimizer_step", variant=variant, shape=(n,), launch=call, elements=n, budgets={"optimizer_step_fwd": budget})
 
 
-def _step_budget(followers: int, *, low: bool) -> Budget:
+def _step_budget(followers: int, *, low: bool, n: int) -> Budget:
     # Whole blocks and the masked rest are two branches with the same accesses: two for eight fp32 elements, one for 16-bit ones.
     loads = 2 * (6 + 2 * followers + (1 if low else 2))
     stores = 2 * (6 + 2 * followers + (2 if low else 0))
@@ -43,7 +47,7 @@ def _step_budget(followers: int, *, low: bool) -> Budget:
         bytes_per_element=28 + 8 * followers + (-2 + 4 if low else 0),
         load_bits={128: loads},
         store_bits={128: stores},
-        trips=128,
+        trips=n // _optimizer.BLOCK // _optimizer.PROGRAMS_PER_PROCESSOR,  # of a GPU of one processor
         counted={"param": 2, "exp_avg": 2, "exp_avg_sq": 2, "target": 2, "averages": 2},
     )
 
@@ -59,9 +63,10 @@ def _ema_case() -> AotCase:
 
 
 AOT_CASES = [
-    *(_step_case("radam", k, None, _step_budget(1 + k, low=False)) for k in (0, 1, 3)),
-    _step_case("adamw", 1, None, _step_budget(2, low=False)),
-    _step_case("radam", 1, torch.bfloat16, _step_budget(2, low=True)),
+    *(_step_case("radam", k) for k in (0, 1, 3)),
+    _step_case("adamw", 1),
+    _step_case("radam", 1, torch.bfloat16),
+    *(_step_case("radam", 1, torch.bfloat16, n) for n in (_DIGITS, _CIFAR, _IMAGENET, _LSUN)),
     _ema_case(),
 ]
 
@@ -89,15 +94,15 @@ def _whole_step(function):
     return step
 
 
-# A network of this many tensors, of one size: foreach and fused optimizers take lists.
-_TENSORS = 400
+def _tensors(n: int) -> int:
+    """Elements of one tensor of a network of n: foreach and fused optimizers take lists, here of tensors of one size."""
+    return -(-n // dict(NETWORKS.values())[n])
 
 
 @functools.lru_cache(maxsize=8)
 def _as_network(pointers: tuple[int, ...], n: int, flat: "_Flat") -> list[list[Tensor]]:
-    return [list(buffer.split(-(-n // _TENSORS))) for buffer in flat.buffers] + [
-        [torch.full((), 1000.0, device=flat.buffers[0].device) for _ in range(-(-n // -(-n // _TENSORS)))]
-    ]
+    parts = [list(buffer.split(_tensors(n))) for buffer in flat.buffers]
+    return [*parts, [torch.full((), 1000.0, device=flat.buffers[0].device) for _ in parts[0]]]
 
 
 class _Flat:
@@ -151,7 +156,7 @@ def _ema_bench(n: int, quick: bool) -> BenchCase:
         return *_buffers(n, device, 2), torch.tensor([0.999], device=device)
 
     def foreach(average, source, decay):
-        averages, sources = (b.split(-(-n // _TENSORS)) for b in (average, source))
+        averages, sources = (b.split(_tensors(n)) for b in (average, source))
         torch._foreach_lerp_(averages, sources, 1e-3)
 
     return BenchCase(

@@ -31,18 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if stale and args.check else 0
 
 
-def latest(pattern: str, *, on_gpu: bool = False) -> dict | None:
-    """Returns the content of the newest results file that the pattern names, by the date inside it, or None; on_gpu: only one of a GPU."""
+def latest(pattern: str, *, on_gpu: bool | None = None) -> dict | None:
+    """Returns the content of the newest results file that the pattern names, by its own date, or None; on_gpu: with a GPU, without."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
-    contents = [content for content in contents if content["machine"]["gpu"] or not on_gpu]
+    contents = [content for content in contents if on_gpu is None or (content["machine"]["gpu"] is not None) == on_gpu]
     return max(contents, key=lambda content: content["machine"]["date"], default=None)
 
 
 def documented(text: str) -> str:
-    """Returns the page with both tables replaced by what the latest results say."""
-    ahead, measured = latest("aot-*.json"), latest("kernels*.json", on_gpu=True)
+    """Returns the page with its tables replaced by what the latest results say."""
+    ahead, on_gpu, on_cpu = latest("aot-*.json"), latest("kernels*.json", on_gpu=True), latest("kernels*.json", on_gpu=False)
     text = _between(text, "aot", aot_table(ahead) if ahead else "Not compiled yet.")
-    return _between(text, "gpu", bench_table(measured) if measured else "Not measured on a GPU yet: `auto` takes the reference there.")
+    text = _between(text, "gpu", bench_table(on_gpu) if on_gpu else "Not measured on a GPU yet: `auto` takes the reference there.")
+    return _between(text, "cpu", bench_table(on_cpu) if on_cpu else "Not measured on a CPU yet.")
 
 
 def aot_table(content: dict) -> str:
@@ -70,26 +71,27 @@ def aot_table(content: dict) -> str:
 
 
 def bench_table(content: dict) -> str:
-    """Returns the Markdown table of measured rows, one line per op and shape, one column per backend."""
+    """Returns the Markdown table of measured rows, one line per op and shape, one column per backend; a GPU's says what `auto` takes."""
     machine = content["machine"]
-    lines = [
-        f"{machine['gpu'] or machine['processor']}, driver {machine['driver']}, torch {machine['torch']}, triton {machine['triton']} "
-        f"({machine['date']}); p50 in milliseconds.",
-        "",
-    ]
+    on_gpu = machine["gpu"] is not None
+    where = f"{machine['gpu']}, driver {machine['driver']}" if on_gpu else f"{machine['threads']} threads of {machine['processor']}"
+    triton = f", triton {machine['triton']}" if on_gpu else ""
+    lines = [f"{where}, torch {machine['torch']}{triton} ({machine['date']}); p50 in milliseconds.", ""]
     groups: dict[tuple, dict[str, Row]] = {}
     for row in content["rows"]:
         groups.setdefault((row["op"], row["variant"], tuple(row["shape"]), row["regime"]), {})[row["backend"]] = row
     names = list(dict.fromkeys(backend for rows in groups.values() for backend in rows if backend != "fastcm"))
-    lines += ["| op | variant | shape | cache | " + " | ".join([*names, "fastcm", "GB/s", "% of copy", "auto takes"]) + " |"]
-    lines += ["|" + "---|" * (8 + len(names))]
+    before, after = (["cache"], ["auto takes"]) if on_gpu else ([], [])
+    head = ["op", "variant", "shape", *before, *names, "fastcm", "GB/s", "% of copy", *after]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (op, variant, shape, regime), rows in groups.items():
-        cells = [op, variant, "x".join(str(n) for n in shape), regime]
+        cells = [op, variant, "x".join(str(n) for n in shape), *([regime] if on_gpu else [])]
         cells += [_milliseconds(rows.get(name)) for name in (*names, "fastcm")]
         own = rows.get("fastcm", {})
-        cells += [f"{own['gb_s']:.0f}" if "gb_s" in own else "-", f"{own['percent_of_copy']:.0f}" if "percent_of_copy" in own else "-"]
-        won = _wins(rows)
-        cells.append("-" if won is None else "kernel" if won else "reference")
+        cells += [f"{own[name]:.0f}" if own.get(name, 0) >= 100 else f"{own[name]:.3g}" if name in own else "-" for name in ("gb_s", "percent_of_copy")]
+        if on_gpu:
+            won = _wins(rows)
+            cells.append("-" if won is None else "kernel" if won else "reference")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
