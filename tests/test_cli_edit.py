@@ -72,6 +72,14 @@ def test_tasks_from_the_command_line(folder, arguments):
     assert Image.open(f"{arguments[0]}-compare.png").size[0] > 128
 
 
+def test_a_small_picture_is_enlarged_as_it_is(folder):
+    assert edit("superres", "model", "--image", "tiny.png", "--seeds", "4", *FAST) == 0
+    generator = Generator(colour_denoiser(), {"classes": ["ant", "bee", "cat"]}, device="cpu")
+    expected = generator.superres(picture()[:2, :2], 4, seeds=[4], sigmas=(80.0, 2.0))[0]
+    assert np.array_equal(np.array(Image.open("superres.png")), expected)
+    assert np.array_equal(np.array(Image.open("superres-compare.png"))[2:66:32, 2:66:32], picture()[:2, :2])
+
+
 def test_denoise_takes_noise_beyond_the_range_of_pixels(folder):
     noisy = np.random.default_rng(1).standard_normal((8, 8, 3)).astype(np.float32) * 2
     np.save("noisy.npy", noisy)

@@ -154,6 +154,8 @@ def test_churn_from_the_generator():
     teacher = Generator(gaussian_teacher("edm", data_std=0.3), {"resolution": 4, "channels": 1, "classes": None}, device="cpu")
     calm, same, churned, ranged = (teacher(range(4), sampler="heun", steps=20, churn=c, output="float") for c in (None, 0, 20, (20, 90)))
     assert np.array_equal(calm, same) and np.array_equal(calm, ranged) and np.abs(churned - calm).max() > 0.05
+    keys = {teacher._run(20, None, "heun", churn)[0] for churn in (None, 0, 20, 30, (20, 90))}  # of CUDA graphs
+    assert len(keys) == 4
     again = teacher([2], sampler="heun", steps=20, churn=20.0, output="float")
     np.testing.assert_allclose(again[0], churned[2], atol=1e-5)
 
