@@ -43,8 +43,8 @@ FLOORS = (
     "fastcm.benchmarks",
 )
 OPTIONAL = (
-    "triton onnx onnxscript onnxruntime aiohttp diffusers tensorboard lpips torchvision torchmetrics scipy sklearn hypothesis pytest".split()
-)
+    "triton onnx onnxscript onnxruntime aiohttp diffusers tensorboard lpips torchvision torchmetrics scipy sklearn hypothesis pytest"
+).split()
 
 
 def relative(path):
