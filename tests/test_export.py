@@ -10,7 +10,7 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-from exported_models import FORMS, INFO, TINY, exported, tiny_denoiser
+from exported_models import FORMS, INFO, LEVELS, TINY, exported, tiny_denoiser
 from test_generator import SMALL, randomised
 from torch import nn
 
@@ -100,7 +100,9 @@ def test_half_precision_is_inside_alone():
     """Weights and tables are half; what scales the images is not, and takes part in fp32."""
     done, constants = exported("tensorrt"), floats("tensorrt")
     assert sum(len(dims) == 4 for dims in constants["float16"]) >= 14
-    assert {int(np.prod(dims)) for dims in constants["float32"]} == {1}  # sigma, c_in, c_skip, c_out, and the conversion to bytes
+    assert {int(np.prod(dims)) for dims in constants["float32"]} == {1}  # sigma, and the conversion to bytes
+    # c_in, c_skip and c_out of both levels act on fp32.
+    assert constants["float32"].count((1, 1, 1, 1)) == 6 and (1, 1, 1, 1) not in constants["float16"]
     assert done.contract.tolerance == 4 and TOLERANCE["fp16"] == 2e-2
     assert all(row.max_error <= 1 for row in done.comparisons)
 
@@ -113,6 +115,7 @@ def test_the_table_of_errors():
     assert [row.batch for row in exported("batch").comparisons] == [3]
     for form in FORMS:
         assert exported(form).variation > parity.VARIATION  # the images depend on the noise, so agreement means something
+    assert all(row.mean_error < 0.02 for form in ("superres", "tensorrt") for row in exported(form).comparisons)  # rounded, not cut off
     lines = parity.table(done.comparisons, done.contract.tolerance)
     assert len(lines) == 5 and lines[1].split()[:2] == ["1", "8"]
 
@@ -201,6 +204,15 @@ def test_a_wrong_class_is_caught(tmp_path, monkeypatch, label):
     with pytest.raises(RunError, match="disagrees with torch"):
         export_onnx(tiny_denoiser(), INFO, out=tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_edit_has_four_levels_where_none_are_asked_for(tmp_path, monkeypatch):
+    """Told from the check's complaint about a graph of two."""
+    changed(monkeypatch, "inpaint", lambda graph: None)
+    with pytest.raises(RunError, match=r"unexpected shape or type in x.onnx: noise is FLOAT \['batch', 2, 1, 8, 8\]"):
+        export_onnx(tiny_denoiser(), INFO, out=tmp_path / "x.onnx", task="inpaint")
+    assert len(export_onnx(tiny_denoiser(), INFO, out=tmp_path / "x.onnx", task="inpaint", sigmas=LEVELS).sigmas) == 2
 
 
 class FixedBatch(nn.Module):
