@@ -76,9 +76,11 @@ def default_backends(job: Job, quick: bool) -> list[str]:
     """What the machine may have, without what takes too long."""
     skipped = {name for name, batches in COMPILED.items() if job.batch not in (batches[:1] if quick else batches)}
     if not job.model.in_onnx:
-        skipped |= {"onnxruntime_cpu", "onnxruntime_cuda"}
+        skipped |= {"onnxruntime_cpu", "onnxruntime_unfolded", "onnxruntime_cuda"}
     if job.device.type == "cpu":
         skipped |= {"compile_max", "onnxruntime_cuda"}
+    else:
+        skipped |= {"onnxruntime_unfolded"}
     return [name for name in BACKENDS if name not in skipped]
 
 
@@ -142,7 +144,7 @@ def figures(name: str, host: dict[str, np.ndarray], device: dict[str, np.ndarray
     row = {**percentiles(host[name]), "images_per_s": rounded(1000 * job.batch / np.median(host[name])), "rounds": len(host[name])}
     if name in device:
         row |= percentiles(device[name], prefix="device_")
-    for other in ("eager", "diffusers"):
+    for other in ("eager", "diffusers", "onnxruntime_unfolded"):
         if other in host and other != name:
             row[f"speedup_over_{other}"] = speedup(host[name], host[other])
     if "fastcm" in host and name != "fastcm":
@@ -170,7 +172,10 @@ def check(backend: Backend, job: Job, expected: np.ndarray, precision: str) -> i
     return apart
 
 
-COLUMNS = ("p50_ms", "p95_ms", "p99_ms", "device_p50_ms", "speedup_over_eager", "speedup_over_diffusers", "speedup_of_fastcm", "startup_s")
+COLUMNS = (
+    "p50_ms", "p95_ms", "p99_ms", "device_p50_ms", "speedup_over_eager", "speedup_over_diffusers", "speedup_over_onnxruntime_unfolded",
+    "speedup_of_fastcm", "startup_s",
+)  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -200,11 +200,15 @@ def onnxruntime_cuda(job: Job) -> Start:
     return _onnxruntime(job, "cuda")
 
 
-def _onnxruntime(job: Job, provider: str) -> Start:
-    """The exported file through fastcm's own call, noise included."""
+def _require_onnx() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UnavailableError(f"{package} is not installed")
+
+
+def _onnxruntime(job: Job, provider: str) -> Start:
+    """The exported file through fastcm's own call, noise included."""
+    _require_onnx()
     from fastcm.generation.onnx_generator import OnnxGenerator
 
     path = exported(job.model)
@@ -215,6 +219,28 @@ def _onnxruntime(job: Job, provider: str) -> Start:
         except (InputError, RunError) as error:
             raise UnavailableError(str(error)) from None
         return Backend(generator, generator)
+
+    return start
+
+
+def onnxruntime_unfolded(job: Job) -> Start:
+    """The plain network as torch.onnx.export writes it by itself, noise embedding and all, in ONNX Runtime on the CPU."""
+    _require_onnx()
+    path = unfolded(job.model)
+
+    def start() -> Backend:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+        def draw(noise: Tensor, labels: Tensor | None) -> np.ndarray:
+            feeds = {"noise": noise.numpy(), **({} if labels is None else {"labels": labels.numpy()})}
+            return uint8_images(torch.from_numpy(session.run(None, feeds)[0])).numpy()
+
+        return Backend(
+            images=lambda seeds: draw(job.torch_noise(seeds), job.labels(seeds)),
+            same_noise=lambda seeds: draw(job.stream_noise(seeds), job.labels(seeds)),
+        )
 
     return start
 
@@ -233,6 +259,37 @@ def exported(model: Model) -> Path:
     return Path(_exports[model.name].name) / "model.onnx"
 
 
+class Unfolded(torch.nn.Module):
+    """noise, labels -> images of a plain denoiser at sigma_max, computed from the noise level up."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = PlainDenoiser(plain_network(denoiser.network), denoiser.preconditioning)
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        sigma_max = self.denoiser.preconditioning.sigma_max
+        sigma = torch.full((noise.shape[0],), sigma_max)
+        return self.denoiser(sigma_max * noise, sigma, labels).clamp(-1, 1)
+
+
+def unfolded(model: Model) -> Path:
+    """The model's .onnx file as torch alone makes it, any batch, written once per process."""
+    from fastcm.export.quiet import quiet
+
+    name = f"{model.name} unfolded"
+    if name not in _exports:
+        folder = tempfile.TemporaryDirectory()
+        noise = torch.randn(2, model.channels, model.resolution, model.resolution, generator=torch.Generator().manual_seed(0))
+        inputs = (noise,) if model.classes is None else (noise, torch.arange(2) % model.classes)
+        with quiet(), torch.no_grad():
+            torch.onnx.export(
+                Unfolded(model.denoiser()).eval(), inputs, Path(folder.name) / "model.onnx", dynamo=True, verbose=False,
+                input_names=["noise", "labels"][: len(inputs)], dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+            )  # fmt: skip
+        _exports[name] = folder
+    return Path(_exports[name].name) / "model.onnx"
+
+
 def fastcm(job: Job) -> Start:
     """The generator as users get it. On CUDA the device's part is one replay of the graph that the last call captured."""
     denoiser = job.model.denoiser()
@@ -248,5 +305,6 @@ def fastcm(job: Job) -> Start:
 
 
 BACKENDS: dict[str, Callable[[Job], Start]] = {
-    backend.__name__: backend for backend in (eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_cuda, compile, compile_max)
+    backend.__name__: backend
+    for backend in (eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_unfolded, onnxruntime_cuda, compile, compile_max)
 }

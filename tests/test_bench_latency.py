@@ -99,21 +99,27 @@ def test_bf16_images_are_within_its_tolerance():
 def test_compiled_backends_have_a_measurement_each():
     wanted = list(latency_backends.BACKENDS)
     first, *rest = bench_latency.sessions(wanted)
-    assert first == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_cuda"]
+    assert first == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_unfolded", "onnxruntime_cuda"]
     assert rest == [["eager", "fastcm", "compile"], ["eager", "fastcm", "compile_max"]]
     assert bench_latency.sessions(["compile"]) == [["compile"]]
 
 
 @pytest.mark.slow
-def test_diffusers_and_onnxruntime_draw_the_same_images(tmp_path):
-    for package in ("diffusers", "onnx", "onnxscript", "onnxruntime"):
+def test_diffusers_and_onnxruntime_draw_the_same_images(tiny, tmp_path):
+    for package in ("diffusers", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
+    onnx = pytest.importorskip("onnx")
     out = tmp_path / "latency.json"
-    arguments = ["--model", "digits", "--batch", "3", "--backend", "eager,diffusers,fastcm,onnxruntime_cpu"]
+    arguments = ["--model", "digits", "--batch", "3", "--backend", "eager,diffusers,fastcm,onnxruntime_cpu,onnxruntime_unfolded"]
     assert bench_latency.main([*arguments, "--seconds", "0.1", "--device", "cpu", "--json", str(out)]) == 0
     rows = {row["backend"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["eager", "diffusers", "fastcm", "onnxruntime_cpu"]
+    assert list(rows) == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_unfolded"]
     assert all(row["levels_apart"] <= 1 for row in rows.values()) and "speedup_over_diffusers" in rows["fastcm"]
+    assert "speedup_over_diffusers" in rows["onnxruntime_cpu"] and "speedup_over_onnxruntime_unfolded" in rows["onnxruntime_cpu"]
+    # The competitor computes its noise embedding at every call; ours has none.
+    operators = {name: {n.op_type for n in onnx.load(path(MODELS["digits"])).graph.node} for name, path in (
+        ("ours", latency_backends.exported), ("theirs", latency_backends.unfolded))}  # fmt: skip
+    assert "Gemm" in operators["theirs"] and "Gemm" not in operators["ours"]
     # Other weights in the pipeline are noticed.
     job = latency_job(MODELS["digits"], batch=3)
     backend = latency_backends.BACKENDS["diffusers"](job)()
