@@ -1,7 +1,7 @@
 """How good the digits get: trains every method by the public commands, evaluates each, and writes rows, README table and picture.
 
 `python -m fastcm.benchmarks.bench_quality --json OUT` trains into runs/ (what is there is resumed or reused) and measures;
-`--readme` puts the committed rows into README.md.
+`--readme` puts the committed rows into README.md, `--docs` those of the search into docs/evaluation.md.
 """
 
 import argparse
@@ -27,22 +27,32 @@ TRAININGS = {
         f"digits --method cd --teacher {TEACHER} --set objective.solver=euler --out runs/digits-cd-euler",
     ),
 }
-MARK = "<!-- quality -->"
+MARK, SEARCH_MARK = "<!-- quality -->", "<!-- search -->"
+# The search of noise levels, on a model that was trained for less than its preset says: a third of the time, where steps matter more.
+SEARCHED, SEARCH_STEPS = "runs/digits-60kimg", 3
+SEARCH_TRAINING = f"digits --duration 60kimg --out {SEARCHED}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastcm.benchmarks.bench_quality", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="OUT", help="where the rows go; measured rows are kept")
-    parser.add_argument("--only", choices=TRAININGS, help="one training alone")
+    parser.add_argument("--only", choices=[*TRAININGS, "search"], help="one training alone, or the search of noise levels")
     parser.add_argument("--readme", type=Path, metavar="RESULTS", help="write the table of this file into README.md, and measure nothing")
+    parser.add_argument("--docs", type=Path, metavar="RESULTS", help="write the search of this file into docs/evaluation.md")
     args = parser.parse_args(argv)
+    if args.docs is not None:
+        results = json.loads(args.docs.read_text(encoding="utf-8"))
+        put_table(ROOT / "docs" / "evaluation.md", search_table(results), mark=SEARCH_MARK)
+        return 0
     if args.readme is not None:
-        put_table(ROOT / "README.md", json.loads(args.readme.read_text(encoding="utf-8")))
+        put_table(ROOT / "README.md", table(json.loads(args.readme.read_text(encoding="utf-8"))))
         return 0
     file = ResultsFile(args.json, identity=IDENTITY)
     for name, (folder, arguments) in TRAININGS.items():
         if args.only in (None, name):
             file.add(*measure(name, folder, arguments))
+    if args.only in (None, "search"):
+        file.add(*measure_search())
     return 0
 
 
@@ -65,6 +75,24 @@ def measure(name: str, folder: str, arguments: str) -> list[Row]:
     ]
 
 
+def measure_search() -> list[Row]:
+    """One row per number of steps with the levels that the search found, measured on seeds that the search does not use."""
+    train, out = f"fastcm train {SEARCH_TRAINING}", Path(SEARCHED) / "search.json"
+    evaluate = f"fastcm evaluate {SEARCHED} --data digits --metrics fid,accuracy --search-steps {SEARCH_STEPS}"
+    call(train)
+    call(f"{evaluate} --json {out}")
+    report = json.loads(out.read_text(encoding="utf-8"))
+    shared = {"bench": "quality_search", "model": "digits", "training": "ict", "kimg": 60, "command": f"{train} && {evaluate}"}
+    features = {"features": report["protocol"]["features_name"], "reference_sha256": report["protocol"]["reference_sha256"]}
+    return [
+        {
+            **shared, **features, "sampling": row["name"], "nfe": row["nfe"], "sigmas": sigmas, "count": row["count"],
+            "fid_mean": row["fid"]["mean"], "fid_std": row["fid"]["std"], "accuracy": row["accuracy"],
+        }
+        for row, sigmas in zip(report["sets"], report["protocol"]["sigmas"], strict=True)
+    ]  # fmt: skip
+
+
 def call(command: str) -> None:
     subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
 
@@ -84,14 +112,28 @@ def real_figures(row: Row) -> Row:
     return {**flat, "nearest_median": row["neighbours"]["real_median"]}
 
 
-def put_table(readme: Path, results: dict) -> None:
-    """Replaces what stands between the two marks of README.md by the table of the results."""
-    text = readme.read_text(encoding="utf-8")
-    block = f"{MARK}\n{table(results)}\n{MARK}"
-    new, count = re.subn(f"{MARK}.*?{MARK}", lambda _: block, text, flags=re.DOTALL)
+def put_table(page: Path, made: str, *, mark: str = MARK) -> None:
+    """Replaces what stands between the two marks of a page by a table."""
+    text = page.read_text(encoding="utf-8")
+    block = f"{mark}\n{made}\n{mark}"
+    new, count = re.subn(f"{mark}.*?{mark}", lambda _: block, text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"bench_quality: {readme} needs the mark {MARK} twice.")
-    readme.write_text(new, encoding="utf-8")
+        raise SystemExit(f"bench_quality: {page} needs the mark {mark} twice.")
+    page.write_text(new, encoding="utf-8")
+
+
+def search_table(results: dict) -> str:
+    """Markdown: one line per number of steps with the levels that were found, then the machine."""
+    rows = sorted((row for row in results["rows"] if row["bench"] == "quality_search"), key=lambda row: row["nfe"])
+    lines = [f"| network calls | noise levels | FID [{rows[0]['features']}] | recognised [judge] |", "|---|---|---|---|"]
+    for row in rows:
+        levels = ", ".join(f"{sigma:.3g}" for sigma in row["sigmas"])
+        lines.append(f"| {row['nfe']} | {levels} | {row['fid_mean']:.2f} ± {row['fid_std']:.2f} | {row['accuracy']:.2%} |")
+    return "\n".join([*lines, "", machine_line(results["machine"])])
+
+
+def machine_line(machine: dict) -> str:
+    return f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
 
 
 def table(results: dict) -> str:
@@ -100,19 +142,14 @@ def table(results: dict) -> str:
         "| trained by | calls | recognised | Fréchet distance | times real | balanced, times real | nearest training image | images seen |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for row in results["rows"]:
+    for row in (row for row in results["rows"] if row["bench"] == "quality"):
         seen = f"{row['kimg']:g} kimg" if "kimg" in row else ""
         distance = f"{row['fd_mean']:.2f} ± {row['fd_std']:.2f}"
         lines.append(
             f"| {row['training']} | {row.get('nfe') or ''} | {row['accuracy']:.2%} | {distance} | {row['fd_ratio']:.2f} "
             f"| {row['fd_balanced_ratio']:.2f} | {row['nearest_median']:.1f} | {seen} |"
         )
-    machine = results["machine"]
-    lines.append("")
-    lines.append(
-        f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", machine_line(results["machine"])])
 
 
 if __name__ == "__main__":

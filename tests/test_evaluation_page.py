@@ -95,6 +95,12 @@ def test_neighbours_are_those_of_the_samples(made):
     assert near.closest[0][:2] == (0.0, 33) and near.index[33] == 7 and len(near.closest) == 10
     distances = np.sort(np.sqrt(((samples[:, None].astype(float) - data[None]) ** 2).mean((2, 3, 4))).min(axis=1))
     np.testing.assert_allclose([item[0] for item in near.closest], distances[:10], rtol=1e-9)
+    reader = Reader()
+    reader.feed(text)
+    shown = [np.asarray(image) for image in reader.images][36:]  # after two grids of eighteen
+    for place, (_, row, _) in enumerate(near.closest):
+        np.testing.assert_array_equal(shown[place], samples[row, 0])
+        np.testing.assert_array_equal(shown[10 + place], data[near.index[row], 0])
     assert f"<td>{distances[1]:.1f}</td>" in text and result["sets"][0]["neighbours"]["identical"] == 1
 
 

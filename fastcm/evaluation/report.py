@@ -58,7 +58,9 @@ def protocol_lines(report: dict) -> list[str]:
         lines.append(f"data       {p.get('data', 'given')}: {p['data_count']:,} images, sha256 {p['data_sha256'][:16]}")
     if "samples" in p:
         lines.append(f"samples    {p['samples']}")
-    lines.append(f"pixels     {p['rounding']}; data pictures of another size: {p.get('data_resize', 'none')}")
+    lines.append(f"pixels     {p['rounding']}")
+    if "data_resize" in p:
+        lines.append(f"           data pictures of another size: {p['data_resize']}")
     if "features" in p:
         lines += [
             f"features   {p['features']}; sha256 {p['features_sha256'][:16]}",
