@@ -23,7 +23,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 MARK = "<!-- methods -->"
 IDENTITY = ("bench", "cell", "seed", "steps")
 SEEDS = (0, 1, 2)
-BUDGET_KCALLS = 60  # network calls of each run, in thousands times one image
+BUDGET_KCALLS = 40  # network calls of each run, in thousands times one image
 TEACHER_KIMG = 150
 
 

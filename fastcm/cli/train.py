@@ -16,7 +16,7 @@ SECONDS = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
 def add(subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a model, or resume the run", description=__doc__)
     parser.add_argument(
-        "preset", nargs="?", metavar="PRESET", help="a published run, as imagenet64: digits by default, folder with --data (docs/presets.md)"
+        "preset", nargs="?", metavar="PRESET", help="a run of docs/presets.md, as imagenet64; digits by default, folder with --data"
     )
     parser.add_argument(
         "--method",
@@ -109,10 +109,10 @@ def changes(args: argparse.Namespace) -> dict:
     from fastcm.training.config import parse_value
 
     fields = {
-        "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "seed": args.seed, "device": args.device,
-        "microbatch": args.microbatch,
-        "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile, "bad_images": args.bad_images,
-        "lpips_weights": args.lpips_weights, "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
+        "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "microbatch": args.microbatch, "seed": args.seed,
+        "device": args.device, "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile,
+        "bad_images": args.bad_images, "lpips_weights": args.lpips_weights, "checkpoint_every_s": args.checkpoint_every,
+        "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
     }  # fmt: skip
     for setting in args.settings:
         name, equals, value = setting.partition("=")
@@ -136,13 +136,20 @@ def print_plan(ready) -> None:
 
 
 def print_schedule(config) -> None:
-    """Parameters and what changes over the run: learning rate, N (ECT's stage), mu, the warm-up of the tangent, in eighths of the run."""
+    """Parameters, and what changes over the run, in eighths of it: the learning rate and what of the schedules the method reads."""
     from fastcm import networks
+    from fastcm.training.config import FIELDS_OF
     from fastcm.training.schedule import step_values
 
     print(f"weights  {networks.parameter_count(config.network):,} parameters")
-    print("schedule    kimg      lr     N      mu  warm-up")
+    read = FIELDS_OF[config.method]
+    columns = {"lr": lambda values: f"{values.lr:.2g}"}
+    if "curriculum" in read:
+        columns |= {"stage" if config.method == "ect" else "N": lambda values: f"{values.steps}", "mu": lambda values: f"{values.mu:.4f}"}
+    if "tangent_warmup_kimg" in read:
+        columns |= {"warm-up": lambda values: f"{values.tangent_warmup:.2f}"}
+    print(f"schedule {'kimg':>10}{''.join(f'{name:>9}' for name in columns)}")
     for row in range(SCHEDULE_ROWS + 1):
         nimg = round(config.duration_kimg * 1000 * row / SCHEDULE_ROWS)
         values = step_values(config, nimg)
-        print(f"{nimg / 1000:16g}  {values.lr:6.2g}  {values.steps:4d}  {values.mu:6.4f}  {values.tangent_warmup:7.2f}")
+        print(f"{nimg / 1000:19g}{''.join(f'{show(values):>9}' for show in columns.values())}")

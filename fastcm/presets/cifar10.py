@@ -47,7 +47,7 @@ def cifar10(method: str = "ict", *, teacher: str | None = None, data: str | None
     ict: Song and Dhariwal 2023, Table 1 and Appendix: NCSN++ with Fourier scale 0.02. The mirroring is that of Song et al. 2023.
     ect: Geng et al. 2024 and run_ecm.sh of their code: DDPM++, 200k steps from a diffusion model given as --init, no augmentation.
     scd, sct: Lu and Song 2024, Appendix G: DDPM++, from a diffusion model (scd: --teacher, sct: --init). Their length is that of the
-      appendix's comparison with ECT. Theirs is conditioned on TrigFlow's t and has double normalisation; here c_noise is the teacher's.
+      appendix's comparison with ECT. Theirs has double normalisation too.
     """
     runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ict": _ICT, "ect": _ECT, "scd": _SCD, "sct": _SCT}
     return published("cifar10", method, runs, teacher=teacher, data=data)

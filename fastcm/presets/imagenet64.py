@@ -50,7 +50,7 @@ def imagenet64(method: str = "ct", *, teacher: str | None = None, data: str | No
       Those three ran on the magnitude-preserving networks of EDM2, which fastcm has not: this is their method on another network, no
       published run. Their learning rates (1e-3 for ect, 1e-4 for scd and sct) fall with the square root of the step, and they average by
       power functions; here the rate is a constant 1e-4 and the average a half-life. All start from a diffusion model (--init; scd:
-      --teacher) and share its c_noise, where scd and sct have TrigFlow's t.
+      --teacher) and share its c_noise, which for scd and sct is TrigFlow's t.
     """
     runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ect": _ECT, "scd": _SCD, "sct": _SCT}
     return published("imagenet64", method, runs, teacher=teacher, data=data)
