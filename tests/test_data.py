@@ -1,6 +1,7 @@
 """Data sets: what is read from where, classes, sources that are none, batches as a function of (seed, nimg)."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from random_pictures import random_pixels, write_folder
 
-from fastcm.errors import InputError
+from fastcm.errors import InputError, RunError
 from fastcm.training import data
 from fastcm.training.data import open_dataset
 from fastcm.training.image_decoding import to_pixels
@@ -120,6 +121,30 @@ def test_subset():
     np.testing.assert_array_equal(picked.images, digits.images[[5, 3]])
     with pytest.raises(InputError, match="an empty subset"):
         digits.subset([])
+
+
+@pytest.mark.parametrize("index", [slice(3, None), slice(8, 1, -2), [5, 0, 2]])
+def test_batches_of_a_part_of_a_cache(tmp_path, index):
+    """Rows are read from the file at the places where the view has them."""
+    pictures = write_folder(tmp_path / "set", [(8, 8)] * 9)
+    part = open_dataset(tmp_path / "set", cache_dir=tmp_path / "cache", progress=False).subset(index)
+    plain = open_dataset(np.stack(pictures)[index])
+    images, _, _ = part.batch(4, 11, seed=2)
+    assert images.equal(plain.batch(4, 11, seed=2)[0])
+    few, _, positions = part.batch(4, 11, seed=2, part=slice(3, 7))
+    assert few.equal(images[3:7]) and positions.tolist() == [7, 8, 9, 10]
+
+
+def test_cache_cut_short_or_removed_while_it_is_used(tmp_path):
+    pictures = write_folder(tmp_path / "set", [(8, 8)] * 3)
+    dataset = open_dataset(tmp_path / "set", cache_dir=tmp_path / "cache", progress=False)
+    [file] = (tmp_path / "cache").rglob("images.bin")
+    shutil.rmtree(file.parent)
+    assert sorted(dataset.batch(0, 3, seed=0)[0][:, 0, 0, 0].tolist()) == sorted(int(p[0, 0, 0]) for p in pictures)
+    file.parent.mkdir()
+    file.write_bytes(b"short")
+    with pytest.raises(RunError, match=r"the image cache was cut short while it was used: .*images\.bin"):
+        dataset.batch(0, 3, seed=0)
 
 
 def test_skipping_bad_pictures(tmp_path):

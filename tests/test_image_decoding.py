@@ -70,17 +70,19 @@ def test_exif_orientation_is_applied(tmp_path, orientation, expected):
     assert golden(tmp_path, image, grey=True, exif=exif) == [expected]
 
 
-@pytest.mark.parametrize("place", ["x.tif", "x.webp", "xmp"])
+@pytest.mark.parametrize("place", ["x.tif", "x.webp", "xmp png", "xmp webp"])
 def test_orientation_wherever_it_is_written(tmp_path, place):
-    image = Image.fromarray(np.array([[1, 2], [3, 4]], dtype=np.uint8)).convert("RGB" if place == "x.webp" else "L")
-    if place == "xmp":
-        info = PngInfo()
-        info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
-        options, name = {"pnginfo": info}, "x.png"
-    else:
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        options, name = {"exif": exif, **({"lossless": True} if place == "x.webp" else {})}, place
+    image = Image.fromarray(np.array([[1, 2], [3, 4]], dtype=np.uint8)).convert("RGB" if "webp" in place else "L")
+    text = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    exif, info = Image.Exif(), PngInfo()
+    exif[0x0112] = 6
+    info.add_itxt("XML:com.adobe.xmp", text)
+    name, options = {
+        "x.tif": ("x.tif", {"exif": exif}),
+        "x.webp": ("x.webp", {"exif": exif, "lossless": True}),
+        "xmp png": ("x.png", {"pnginfo": info}),
+        "xmp webp": ("x.webp", {"xmp": text.encode(), "lossless": True}),
+    }[place]
     assert golden(tmp_path, image, name, grey=True, **options) == [[[3, 1], [4, 2]]]
 
 

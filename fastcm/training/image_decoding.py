@@ -66,7 +66,8 @@ def decode(picture: Path | bytes, *, resolution: int, grey: bool, exact: bool = 
         if exact and image.size != (resolution, resolution):
             raise OtherSizeError(image.size)
         image.load()
-        if hasattr(image, "tag_v2") or not ORIENTATION_INFO.isdisjoint(image.info):  # looking for it costs as much as decoding a small PNG
+        # Looking for it in vain would cost a tenth of a small PNG. TIFF, which newer Pillow turns by itself, keeps it in its tags.
+        if hasattr(image, "tag_v2") or not ORIENTATION_INFO.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)
         return to_pixels(eight_bits(image, grey=grey), resolution=resolution)
 
