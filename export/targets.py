@@ -5,6 +5,7 @@ from typing import NamedTuple
 from fastcm.errors import InputError, nearest
 from fastcm.export import operators
 from fastcm.export.operators import Table
+from fastcm.export.translations import LAST_WITHOUT_GROUP_NORM
 
 
 class Target(NamedTuple):
@@ -45,7 +46,7 @@ def chosen_target(name: str, *, seeded: bool) -> Target:
 def chosen_opset(opset: int | None, target: Target) -> int:
     if opset is None:
         return target.opset
-    first, last = target.table.opsets
-    if opset not in OPSETS or not first <= opset <= last:
-        raise InputError(f"opset out of range in --opset: {opset}. Use {OPSETS[0]} to {min(last, OPSETS[-1])} for {target.name}.")
+    last = OPSETS[-1] if "GroupNormalization" in target.table.operators else LAST_WITHOUT_GROUP_NORM
+    if not OPSETS[0] <= opset <= min(last, target.table.opsets[1]):
+        raise InputError(f"opset out of range in --opset: {opset}. Use {OPSETS[0]} to {last} for {target.name}.")
     return opset

@@ -314,7 +314,9 @@ def test_a_teacher_is_not_exported_as_a_one_step_generator(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"opset": 17}, "opset out of range in --opset: 17"),
+        ({"opset": 17}, "opset out of range in --opset: 17. Use 18 to 20 for ort"),
+        ({"opset": 21}, "opset out of range in --opset: 21"),
+        ({"opset": 24, "target": "tensorrt"}, "opset out of range in --opset: 24. Use 18 to 23 for tensorrt"),
         ({"steps": 0}, "illegal value in steps"),
         ({"sigmas": (80.0, 90.0)}, "noise level out of range in sigmas: 90"),
         ({"steps": 2, "sigmas": (80.0,)}, "both steps and sigmas"),

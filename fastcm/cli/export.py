@@ -17,7 +17,7 @@ def add(subparsers) -> None:
     parser.add_argument("--precision", default="fp32", help="fp32 (default), or fp16: half inside, inputs and outputs fp32")
     runtimes = "the runtime: ort (ONNX Runtime, the default), tensorrt (the default with --tensorrt) or web (WebGPU)"
     parser.add_argument("--target", default=None, help=runtimes)
-    parser.add_argument("--opset", type=int, metavar="N", help="the operator set, 18 to 23 (default: the target's own)")
+    parser.add_argument("--opset", type=int, metavar="N", help="the operator set: 18 (default) to 20, for tensorrt 18 to 23 (21)")
     parser.add_argument("--batch", type=int, metavar="N", help="a fixed number of images (default: any)")
     parser.add_argument("--uint8", action="store_true", help="images as uint8 [batch, H, W, C], not float32 [batch, C, H, W] in [-1, 1]")
     parser.add_argument("--seeded", action="store_true", help="seeds in the place of noise: the same images as fastcm, on CPUs alone")
