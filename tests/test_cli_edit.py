@@ -143,3 +143,36 @@ def test_bad_input_is_one_line_and_creates_nothing(folder, capsys, arguments, wo
     error = capsys.readouterr().err
     assert error.startswith("fastcm: error: ") and words in error and error.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "own", "image", "options"),
+    [("inpaint", (), "small.png", ("--mask", "mask.png")), ("superres", ("--factor", "2"), "large.png", ())],
+)
+def test_an_exported_task_edits_like_its_folder(folder, capsys, task, own, image, options):
+    """A graph's own factor need not be named again; other tasks and samples are refused in one line."""
+    least = {"channels": 8, "head_channels": 8, "channel_mult": (1,), "attention_resolutions": ()}
+    save_model(folder / "least", colour_denoiser(**least), {"classes": ["ant", "bee", "cat"]})
+    assert cli.main(["export", "least", "--onnx", "x.onnx", "--task", task, *own, *FAST]) == 0
+    asked = (task, "--image", image, *options, "--seeds", "0-2", "--labels", "bee")
+    assert edit(asked[0], "x.onnx", *asked[1:], "--provider", "cpu", "--out", "graph.png") == 0
+    assert edit(asked[0], "least", *asked[1:], *own, *FAST, "--out", "folder.png") == 0
+    for seed in range(3):
+        graph, torch = (np.array(Image.open(f"{name}-{seed}.png")).astype(int) for name in ("graph", "folder"))
+        assert np.abs(graph - torch).max() <= 1 and graph.std() > 10
+    if task == "inpaint":
+        assert np.array_equal(graph[:, :4], picture()[:, :4])
+    capsys.readouterr()
+    other = "superres" if task == "inpaint" else "inpaint"
+    for arguments, words in (
+        ((other, "--image", "small.png", *(("--box", "0,0,4,4") if other == "inpaint" else ())), f"no {other} in an exported graph"),
+        (("colorize", "--image", "small.png"), "no colorize in an exported graph in MODEL: x.onnx. Edit with the folder"),
+        (("interpolate",), "no interpolate in an exported graph"),
+        ((task, "--image", image, *options, "--sigmas", "80,3"), "other noise levels than the graph's"),
+    ):
+        assert edit(arguments[0], "x.onnx", *arguments[1:], "--out", "refused.png") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert cli.main(["sample", "x.onnx", "--out", "refused.png"]) == 2 and f"Use fastcm edit {task}" in capsys.readouterr().err
+    assert not list(folder.glob("refused*"))

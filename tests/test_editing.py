@@ -20,8 +20,8 @@ Q = torch.tensor([[0.4471, -0.8204, 0.3563], [0.8780, 0.4785, 0.0], [0.1705, -0.
 FEW = (80.0, 5.0, 0.5)
 
 
-def colour_denoiser(seed=0):
-    options = {**SMALL, "in_channels": 3, "out_channels": 3, "num_classes": 3}
+def colour_denoiser(seed=0, **options):
+    options = {**SMALL, "in_channels": 3, "out_channels": 3, "num_classes": 3, **options}
     return Denoiser(randomised(networks.build("adm", options), seed), Preconditioning())
 
 
