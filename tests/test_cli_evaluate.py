@@ -6,25 +6,21 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
+from evaluated_models import model_folder, quick_judge, run
 
 from fastcm import cli, evaluation
 from fastcm.cli.evaluate_sets import CALLS
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
-from fastcm.evaluation import features, halves, train_judge
+from fastcm.evaluation import halves
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
-from fastcm.networks.unet import UNet, UNetConfig
 from fastcm.training.data import open_dataset
-from fastcm.weights.model_folder import save_model
 
 
 @pytest.fixture(scope="module")
 def judge():
-    """A judge of the digits that learned for a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "STEPS", (40, 40))
-        dataset = open_dataset("digits")
-        return train_judge(dataset.images, dataset.labels)
+        return quick_judge(patch)
 
 
 @pytest.fixture(autouse=True)
@@ -37,31 +33,6 @@ def quick(monkeypatch, judge):
 def digits():
     with resources.as_file(resources.files("fastcm") / "data" / "digits.npz") as path, np.load(path) as file:
         return file["arr_0"].reshape(-1, 8, 8, 1), file["arr_1"]
-
-
-def model_folder(path, *, method="ict", num_classes=10, channels=1, **training):
-    """A digits-sized model with random weights, its output layer included."""
-    torch.manual_seed(0)
-    network = UNet(
-        UNetConfig(
-            resolution=8, in_channels=channels, out_channels=channels, channels=8, channel_mult=(1, 2), blocks=1,
-            attention_resolutions=(4,), head_channels=8, num_classes=num_classes,
-        )
-    )  # fmt: skip
-    for parameter in network.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    classes = [str(number) for number in range(num_classes)] if num_classes else None
-    form = "edm" if method == "edm" else "boundary"
-    info = {"classes": classes, "resolution": 8, "channels": channels, "training": {"method": method, **training}, "sampling": {}}
-    save_model(path, Denoiser(network, Preconditioning(form=form)), info)
-    return path
-
-
-def run(capsys, *argv):
-    code = cli.main(["evaluate", *map(str, argv)])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_a_model_is_measured_with_one_and_two_steps(tmp_path, capsys):
@@ -203,51 +174,6 @@ def test_statistics_of_the_data_go_out_and_come_in_again(tmp_path, capsys, digit
     with np.load(tmp_path / "ref.npz") as file:
         pooled = (digits[0][..., 0] / 127.5 - 1).reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16)
         np.testing.assert_allclose(file["sigma"], np.cov(pooled.T), atol=1e-6)
-
-
-def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch):
-    """The published script calls its sampler without the noise levels: here what is measured is what the sampler gets."""
-    from fastcm.api import load
-    from fastcm.evaluation import timestep_search
-
-    model = model_folder(tmp_path / "model")
-    drawn = []
-    batches = Generator.batches
-
-    def watched(self, seeds, labels=None, **options):
-        drawn.append((int(np.min(seeds)), options.get("sigmas")))
-        return batches(self, seeds, labels, **options)
-
-    monkeypatch.setattr(Generator, "batches", watched)
-    options = ("--data", "digits", "--seeds", "500000-500099", "--metrics", "fid", "--search-steps", "2", "--search-grid", "6")
-    code, out, err = run(capsys, model, *options, "--save", "--json", tmp_path / "a.json")
-    assert (code, err) == (0, "") and "searched with seeds 300000-300099 among 6 levels" in out
-    grid = timestep_search.candidates(Preconditioning(), 6)
-    tried = {sigmas for first, sigmas in drawn if first == 300_000}
-    assert (80.0,) in tried and len({s for s in tried if s in {(grid[0], level) for level in grid[1:]}}) >= 3
-    found = json.loads((model / "config.json").read_text())["sampling"]["2"]
-    assert tuple(found) in tried and load(model).sigmas(2) == tuple(found)
-    assert json.loads((tmp_path / "a.json").read_text())["protocol"]["sigmas"] == [[80.0], found], "the evaluation uses what was found"
-    drawn.clear()
-    code, again, _ = run(capsys, model, *options)
-    assert code == 0 and "0 sets of samples measured now" in again and not [first for first, _ in drawn if first == 300_000]
-
-
-def test_a_larger_figure_can_be_what_is_searched(tmp_path, capsys):
-    model = model_folder(tmp_path / "model")
-    options = ("--data", "digits", "--seeds", "500000-500099", "--metrics", "accuracy", "--search-steps", "2", "--search-grid", "4")
-    code, out, _ = run(capsys, model, *options, "--search-metric", "accuracy", "--json", tmp_path / "a.json")
-    values = [float(line.split()[3]) for line in out.splitlines()[:2]]
-    assert code == 0 and 0 <= values[0] <= values[1] <= 1
-
-
-def test_the_levels_of_a_run_are_the_candidates(tmp_path):
-    from fastcm.cli.evaluate_search import trained_levels
-
-    (tmp_path / "config.json").write_text(json.dumps({"format": "fastcm-run", "objective": {"curriculum": "doubling", "s0": 10, "s1": 40}}))
-    assert trained_levels(tmp_path) == 41
-    (tmp_path / "config.json").write_text(json.dumps({"format": "fastcm-run", "objective": {"curriculum": "stages", "s0": 1, "s1": 8}}))
-    assert trained_levels(tmp_path) == trained_levels(tmp_path / "none") == 40
 
 
 def test_self_consistency_follows_the_teacher_that_is_named(tmp_path, capsys):

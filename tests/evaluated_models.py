@@ -1,0 +1,42 @@
+"""What the tests of `fastcm evaluate` share: a model folder with random weights, a quick judge of the digits, a call of the command."""
+
+import torch
+
+from fastcm import cli
+from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.evaluation import features, train_judge
+from fastcm.networks.unet import UNet, UNetConfig
+from fastcm.training.data import open_dataset
+from fastcm.weights.model_folder import save_model
+
+
+def quick_judge(patch):
+    """A judge of the digits that learned for a second. patch: a MonkeyPatch that ends with its training."""
+    patch.setattr(features, "STEPS", (40, 40))
+    dataset = open_dataset("digits")
+    return train_judge(dataset.images, dataset.labels)
+
+
+def model_folder(path, *, method="ict", num_classes=10, channels=1, **training):
+    """A digits-sized model with random weights, its output layer included."""
+    torch.manual_seed(0)
+    network = UNet(
+        UNetConfig(
+            resolution=8, in_channels=channels, out_channels=channels, channels=8, channel_mult=(1, 2), blocks=1,
+            attention_resolutions=(4,), head_channels=8, num_classes=num_classes,
+        )
+    )  # fmt: skip
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    classes = [str(number) for number in range(num_classes)] if num_classes else None
+    form = "edm" if method == "edm" else "boundary"
+    info = {"classes": classes, "resolution": 8, "channels": channels, "training": {"method": method, **training}, "sampling": {}}
+    save_model(path, Denoiser(network, Preconditioning(form=form)), info)
+    return path
+
+
+def run(capsys, *argv):
+    code = cli.main(["evaluate", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
