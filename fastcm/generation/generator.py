@@ -29,6 +29,8 @@ from fastcm.generation.sampler import CHURNED, TEACHER_STEPS, SeedNoise, multist
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements of one batch at the image's resolution: beyond this a larger batch is no faster, and activations stay below about 1 GB.
 CPU_ELEMENTS, CUDA_ELEMENTS = 1 << 16, 1 << 21
+# Folded levels and captured graphs that are kept: a server's clients may ask for any noise levels.
+LEVELS_KEPT, GRAPHS_KEPT = 64, 64
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -108,6 +110,8 @@ class Generator(EditingTasks):
         """The denoiser at one noise level, folded and in the working precision; kept for the next call."""
         with self._lock:
             if sigma not in self._frozen:
+                if len(self._frozen) >= LEVELS_KEPT:
+                    del self._frozen[next(iter(self._frozen))]  # the oldest
                 self._frozen[sigma] = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
             return self._frozen[sigma]
 
@@ -206,5 +210,7 @@ class Generator(EditingTasks):
         with self._lock, torch.cuda.device(self.device):
             tensors = [None if array is None else torch.from_numpy(array).to(self.device) for array in padded]
             if (*key, size) not in self._graphs:
+                if len(self._graphs) >= GRAPHS_KEPT:
+                    del self._graphs[next(iter(self._graphs))]
                 self._graphs[(*key, size)] = CapturedBatch(draw_images, *tensors, pool=self._pool)
             return [output[: len(seeds)].cpu() for output in self._graphs[(*key, size)](*tensors)]
