@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training_runs import SMALL, small_run
+from training_runs import SMALL, small_run, stop_after
 
 import fastcm
 from fastcm import runs
@@ -18,21 +18,6 @@ from fastcm.training.checkpoint import complete_steps
 from fastcm.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
-
-
-def stop_after(steps):
-    """A Trainer.train_step that raises SIGINT's request after `steps` steps of this process."""
-    taken = []
-    original = Trainer.train_step
-
-    def step(self):
-        values = original(self)
-        taken.append(1)
-        if len(taken) == steps:
-            signal.raise_signal(signal.SIGINT)
-        return values
-
-    return step
 
 
 def weights(out):

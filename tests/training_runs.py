@@ -1,9 +1,14 @@
 """Small runs that the tests of training share: a network of a few thousand weights on the built-in digits."""
 
+import signal
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from fastcm import runs
 from fastcm.training.run import RunResult
+from fastcm.training.trainer import Trainer
 
 SMALL = {
     "network.channels": 8, "network.head_channels": 8, "network.channel_mult": (1, 2), "network.blocks": 1, "batch": 16,
@@ -17,3 +22,47 @@ def small_run(
     """Trains digits with the small network for `kimg` thousand images (ten steps by default)."""
     changes = {**SMALL, "duration_kimg": kimg, **changes}
     return runs.start(runs.plan("digits", method=method, teacher=teacher, out=out, changes=changes), callbacks=callbacks)
+
+
+@contextmanager
+def recorded_losses():
+    """Within, the loss of every step goes to the list that this yields."""
+    losses, original = [], Trainer.train_step
+
+    def step(self):
+        values = original(self)
+        losses.append(float(self.loss))
+        return values
+
+    Trainer.train_step = step
+    try:
+        yield losses
+    finally:
+        Trainer.train_step = original
+
+
+def stop_after(steps):
+    """A Trainer.train_step that raises SIGINT's request after `steps` steps of this process."""
+    taken, original = [], Trainer.train_step
+
+    def step(self):
+        values = original(self)
+        taken.append(1)
+        if len(taken) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return values
+
+    return step
+
+
+def run_out_of_memory(*, above):
+    """A Trainer.losses that has no room for more images than `above`: it fails as CUDA does, after the pass forward."""
+    original = Trainer.losses
+
+    def losses(self, batch, values):
+        result = original(self, batch, values)
+        if len(batch.images) > above:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return result
+
+    return losses

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fastcm.errors import InputError
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             print_plan(ready)
             if args.dry_run:
                 print_schedule(ready.config)
+                print_memory(replace(ready.config, batch=processes.share(ready.config.batch)))
                 print(json.dumps(ready.config.as_dict(), indent=1))
         if args.dry_run:
             return 0
@@ -153,3 +155,11 @@ def print_schedule(config) -> None:
         nimg = round(config.duration_kimg * 1000 * row / SCHEDULE_ROWS)
         values = step_values(config, nimg)
         print(f"{nimg / 1000:19g}{''.join(f'{show(values):>9}' for show in columns.values())}")
+
+
+def print_memory(config) -> None:
+    """What a step takes at its peak on the device of one process, by component."""
+    from fastcm.training.memory import estimate
+
+    for name, size in estimate(config).items():
+        print(f"memory   {name:<22}{size / 1e6:14,.1f} MB")

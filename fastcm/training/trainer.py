@@ -60,13 +60,14 @@ class Trainer:
         self.target = self.student
         if target_network is not None:
             self.target = Denoiser(torch.compile(target_network) if compiled else target_network, config.noise)
-        self.method_loss = MethodLoss(
-            config, self.student, self.target, guides or Guides(), tangent_network=network,
-            image_shape=(dataset.channels, dataset.resolution, dataset.resolution), compiled=compiled,
-        )  # fmt: skip
+        with device:  # what the loss learns is made there
+            self.method_loss = MethodLoss(
+                config, self.student, self.target, guides or Guides(), tangent_network=network,
+                image_shape=(dataset.channels, dataset.resolution, dataset.resolution), compiled=compiled,
+            )  # fmt: skip
         self.optimizers = {"": self.optimizer}  # by the prefix of their parts in a checkpoint
         if self.method_loss.log_weight is not None:
-            self.optimizers["log_weight."] = FlatOptimizer(self.method_loss.log_weight.to(device), None, config.optimizer)
+            self.optimizers["log_weight."] = FlatOptimizer(self.method_loss.log_weight, None, config.optimizer)
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.set_microbatch(min(config.microbatch or self.share, self.share))
         self.reduction = GradientReduction(list(self.optimizers.values()), self.processes) if self.processes.size > 1 else None
