@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
+from fastcm.cli import evaluate_search
 from fastcm.cli.evaluate_sets import FIRST_SEED, Measured, draw_samples, is_samples, open_model, read_samples, step_list
 from fastcm.cli.sample import seed_list, sigma_list
 from fastcm.errors import InputError
 
 # Up to this size, and for pictures below 32 pixels, data are judged by a classifier of their own; beyond, by Inception.
 SMALL_COUNT, SMALL_SIDE = 20_000, 32
-SEARCH_METRICS = {"fid": 1, "fd": 1, "kid": 1, "lpips": -1, "is": -1, "accuracy": -1, "precision": -1, "recall": -1}
+SEARCH_METRICS = ("fid", "fd", "kid", *evaluate_search.LARGER_IS_BETTER)
 
 
 def add(subparsers) -> None:
@@ -36,7 +37,7 @@ def add(subparsers) -> None:
     parser.add_argument("--search-steps", metavar="K", type=int, help="first search the noise levels of 2 to K steps")
     grid = "levels of the Karras grid that are candidates (a run's own at its end, else 40)"
     parser.add_argument("--search-grid", metavar="N", type=int, help=grid)
-    parser.add_argument("--search-metric", default="fid", choices=list(SEARCH_METRICS), help="what the search improves (fid)")
+    parser.add_argument("--search-metric", default="fid", choices=SEARCH_METRICS, help="what the search improves (fid)")
     parser.add_argument("--save", action="store_true", help="write the levels that were found into the model, for --steps K to use")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for sampling")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for sampling")
@@ -54,14 +55,16 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     samples = is_samples(args.model)
     opened = read_samples(args) if samples else open_model(args)
-    metrics, world = prepare(args, opened)
+    metrics = chosen_metrics(args, opened)
+    measured = opened if samples or args.search_steps is not None else draw_samples(args, opened)
+    if args.search_steps is not None:
+        evaluate_search.check(args, opened.generator, metrics)
+    world = prepare(args, opened, metrics)
     if args.save_reference is not None:
         save_reference(args.save_reference, world)
     if args.search_steps is not None:
-        from fastcm.cli.evaluate_search import search
-
-        search(args, opened, world)
-    measured = opened if samples else draw_samples(args, opened)
+        evaluate_search.search(args, opened, world)
+        measured = draw_samples(args, opened)
     galleries = {} if args.report is not None else None
     result = protocol.figures(measured.sets, world, galleries=galleries)
     if "consistency" in metrics:
@@ -94,20 +97,29 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("levels given beside a search: --sigmas with --search-steps. Leave one of them out.")
 
 
-def prepare(args: argparse.Namespace, opened: Measured):
-    """(the metrics to measure, the world that they are measured in). Raises before anything is drawn."""
+def chosen_metrics(args: argparse.Namespace, opened: Measured) -> list[str]:
+    """The metrics to measure. Raises for those that the data or the model cannot serve."""
+    from fastcm.evaluation import protocol
+
+    kind = args.features or default_features(opened.dataset)
+    metrics = args.metrics or default_metrics(args, opened, kind)
+    labels = None if opened.dataset is None else opened.dataset.labels
+    protocol.check_metrics(metrics, labels, features=None if kind == "judge" else kind, statistics=opened.dataset is None)
+    if "consistency" in metrics and not has_denoiser(opened.generator):
+        raise InputError(f"no torch model for --metrics consistency: {args.model}. Give the folder of the model, or leave it out.")
+    return metrics
+
+
+def prepare(args: argparse.Namespace, opened: Measured, metrics: list[str]):
+    """The world that samples are measured in: judge, feature network, reference. Nothing is drawn."""
     from fastcm import evaluation
     from fastcm.evaluation import extractors, protocol
     from fastcm.evaluation.reference import read_reference
     from fastcm.training.image_cache import cache_folder
 
-    dataset, cache = opened.dataset, cache_folder(None) / "evaluation"
-    kind = args.features or default_features(dataset)
-    metrics = args.metrics or default_metrics(args, opened, kind)
-    images, labels = (None, None) if dataset is None else (dataset.images, dataset.labels)
-    protocol.check_metrics(metrics, labels, features=None if kind == "judge" else kind, statistics=dataset is None)
-    if "consistency" in metrics and not has_denoiser(opened.generator):
-        raise InputError(f"no torch model for --metrics consistency: {args.model}. Give the folder of the model, or leave it out.")
+    cache = cache_folder(None) / "evaluation"
+    kind = args.features or default_features(opened.dataset)
+    images, labels = (None, None) if opened.dataset is None else (opened.dataset.images, opened.dataset.labels)
     tools: dict = {"held_out": opened.held_out, "cache": cache}
     if args.reference is not None:
         tools["reference"] = read_reference(args.reference)
@@ -120,7 +132,7 @@ def prepare(args: argparse.Namespace, opened: Measured):
         from fastcm.weights.lpips_weights import load_lpips
 
         tools["lpips"] = load_lpips(args.lpips_weights, pooling="max", resize=False)
-    return metrics, protocol.prepare(images, labels, metrics=[name for name in metrics if name != "consistency"], **tools)
+    return protocol.prepare(images, labels, metrics=[name for name in metrics if name != "consistency"], **tools)
 
 
 def save_reference(path: Path, world) -> None:

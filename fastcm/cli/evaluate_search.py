@@ -22,7 +22,6 @@ def search(args: argparse.Namespace, opened: Measured, world) -> None:
     from fastcm.training.image_cache import cache_folder
 
     generator, name = opened.generator, args.search_metric
-    check(args, generator, world)
     config = config_path(args) if args.save else None
     count = min(opened.seeds.size, DEFAULT_COUNT)
     seeds = np.arange(FIRST_SEED, FIRST_SEED + count)
@@ -50,8 +49,8 @@ def search(args: argparse.Namespace, opened: Measured, world) -> None:
         print(f"saved in {config}: --steps uses these levels\n")
 
 
-def check(args: argparse.Namespace, generator, world) -> None:
-    """What a search cannot do without."""
+def check(args: argparse.Namespace, generator, metrics: list[str]) -> None:
+    """What a search cannot do without; before anything is computed."""
     if args.search_steps < 2:
         raise InputError(f"illegal number of steps in --search-steps: {args.search_steps}. Use 2 or more.")
     if getattr(generator, "graph_sigmas", None) is not None:
@@ -60,8 +59,10 @@ def check(args: argparse.Namespace, generator, world) -> None:
         raise InputError(f"a diffusion sampler with --search-steps: {args.model}. Levels are searched for consistency models.")
     if args.search_grid is not None and not 3 <= args.search_grid <= 10_000:
         raise InputError(f"illegal number of levels in --search-grid: {args.search_grid}. Use 3 to 10,000.")
-    if args.search_metric not in world.metrics:
+    if args.search_metric not in metrics:
         raise InputError(f"a metric that is not measured in --search-metric: {args.search_metric}. Add it to --metrics.")
+    if args.save:
+        config_path(args)
 
 
 def trained_levels(model: Path) -> int:

@@ -11,7 +11,7 @@ LINES: tuple[tuple[str, Callable[[dict], str | None]], ...] = (
     ("Frechet distance, balanced halves [judge]", lambda row: _spread(row.get("fd_balanced"))),
     ("  times real", lambda row: _ratio(row.get("fd_balanced"))),
     ("FID [{features}]", lambda row: _spread(row.get("fid"))),
-    ("KID [{features}]", lambda row: _spread(row.get("kid"), digits=4)),
+    ("KID [{features}]", lambda row: _spread(row.get("kid"), digits=4 if _is_small(row.get("kid")) else 2)),
     ("Inception Score [{features}]", lambda row: _spread(row.get("is"))),
     ("precision [{features}]", lambda row: _spread(row.get("precision"), digits=3)),
     ("recall [{features}]", lambda row: _spread(row.get("recall"), digits=3)),
@@ -98,6 +98,11 @@ NOTES = {
 
 def _spread(value: dict | None, *, digits: int = 2) -> str | None:
     return None if value is None else f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+
+
+def _is_small(value: dict | None) -> bool:
+    """Inception's KID is a few thousandths, the judge's, whose features are larger, a few units."""
+    return value is not None and max(abs(value["mean"]), value["std"]) < 1
 
 
 def _ratio(value: dict | None) -> str | None:
