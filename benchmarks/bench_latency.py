@@ -76,11 +76,11 @@ def default_backends(job: Job, quick: bool) -> list[str]:
     """What the machine may have, without what takes too long."""
     skipped = {name for name, batches in COMPILED.items() if job.batch not in (batches[:1] if quick else batches)}
     if not job.model.in_onnx:
-        skipped |= {"onnxruntime_cpu", "onnxruntime_unfolded", "onnxruntime_cuda"}
+        skipped |= {"onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded", "onnxruntime_cuda"}
     if job.device.type == "cpu":
         skipped |= {"compile_max", "onnxruntime_cuda"}
     else:
-        skipped |= {"onnxruntime_unfolded"}
+        skipped |= {"onnxruntime_seeded", "onnxruntime_unfolded"}
     return [name for name in BACKENDS if name not in skipped]
 
 

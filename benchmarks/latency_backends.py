@@ -196,6 +196,11 @@ def onnxruntime_cpu(job: Job) -> Start:
     return _onnxruntime(job, "cpu")
 
 
+def onnxruntime_seeded(job: Job) -> Start:
+    """The file that takes seeds and gives bytes: the noise stream is part of the graph."""
+    return _onnxruntime(job, "cpu", seeded=True)
+
+
 def onnxruntime_cuda(job: Job) -> Start:
     return _onnxruntime(job, "cuda")
 
@@ -206,12 +211,12 @@ def _require_onnx() -> None:
             raise UnavailableError(f"{package} is not installed")
 
 
-def _onnxruntime(job: Job, provider: str) -> Start:
+def _onnxruntime(job: Job, provider: str, *, seeded: bool = False) -> Start:
     """The exported file through fastcm's own call, noise included."""
     _require_onnx()
     from fastcm.generation.onnx_generator import OnnxGenerator
 
-    path = exported(job.model)
+    path = exported(job.model, seeded=seeded)
 
     def start() -> Backend:
         try:
@@ -224,7 +229,10 @@ def _onnxruntime(job: Job, provider: str) -> Start:
 
 
 def onnxruntime_unfolded(job: Job) -> Start:
-    """The plain network as torch.onnx.export writes it by itself, noise embedding and all, in ONNX Runtime on the CPU."""
+    """The plain network as torch.onnx.export writes it by itself, noise embedding and all, in ONNX Runtime on the CPU.
+
+    Its noise is the noise stream's, as the exported file's is: the graphs are what differs.
+    """
     _require_onnx()
     path = unfolded(job.model)
 
@@ -233,14 +241,12 @@ def onnxruntime_unfolded(job: Job) -> Start:
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-        def draw(noise: Tensor, labels: Tensor | None) -> np.ndarray:
-            feeds = {"noise": noise.numpy(), **({} if labels is None else {"labels": labels.numpy()})}
+        def draw(seeds: np.ndarray) -> np.ndarray:
+            labels = job.labels(seeds)
+            feeds = {"noise": job.stream_noise(seeds).numpy(), **({} if labels is None else {"labels": labels.numpy()})}
             return uint8_images(torch.from_numpy(session.run(None, feeds)[0])).numpy()
 
-        return Backend(
-            images=lambda seeds: draw(job.torch_noise(seeds), job.labels(seeds)),
-            same_noise=lambda seeds: draw(job.stream_noise(seeds), job.labels(seeds)),
-        )
+        return Backend(draw, draw)
 
     return start
 
@@ -248,15 +254,16 @@ def onnxruntime_unfolded(job: Job) -> Start:
 _exports: dict[str, tempfile.TemporaryDirectory] = {}
 
 
-def exported(model: Model) -> Path:
-    """The model's .onnx file, written once per process."""
+def exported(model: Model, *, seeded: bool = False) -> Path:
+    """The model's .onnx file, from noise to floats or from seeds to bytes, written once per process."""
     from fastcm.export.to_onnx import export_onnx
 
-    if model.name not in _exports:
+    name = f"{model.name} seeded" if seeded else model.name
+    if name not in _exports:
         folder = tempfile.TemporaryDirectory()
-        export_onnx(model.denoiser(), model.info, out=Path(folder.name) / "model.onnx")
-        _exports[model.name] = folder
-    return Path(_exports[model.name].name) / "model.onnx"
+        export_onnx(model.denoiser(), model.info, out=Path(folder.name) / "model.onnx", seeded=seeded, uint8=seeded)
+        _exports[name] = folder
+    return Path(_exports[name].name) / "model.onnx"
 
 
 class Unfolded(torch.nn.Module):
@@ -306,5 +313,7 @@ def fastcm(job: Job) -> Start:
 
 BACKENDS: dict[str, Callable[[Job], Start]] = {
     backend.__name__: backend
-    for backend in (eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_unfolded, onnxruntime_cuda, compile, compile_max)
+    for backend in (
+        eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_seeded, onnxruntime_unfolded, onnxruntime_cuda, compile, compile_max,
+    )  # fmt: skip
 }

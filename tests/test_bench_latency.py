@@ -99,7 +99,7 @@ def test_bf16_images_are_within_its_tolerance():
 def test_compiled_backends_have_a_measurement_each():
     wanted = list(latency_backends.BACKENDS)
     first, *rest = bench_latency.sessions(wanted)
-    assert first == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_unfolded", "onnxruntime_cuda"]
+    assert first == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded", "onnxruntime_cuda"]
     assert rest == [["eager", "fastcm", "compile"], ["eager", "fastcm", "compile_max"]]
     assert bench_latency.sessions(["compile"]) == [["compile"]]
 
@@ -110,10 +110,11 @@ def test_diffusers_and_onnxruntime_draw_the_same_images(tiny, tmp_path):
         pytest.importorskip(package)
     onnx = pytest.importorskip("onnx")
     out = tmp_path / "latency.json"
-    arguments = ["--model", "digits", "--batch", "3", "--backend", "eager,diffusers,fastcm,onnxruntime_cpu,onnxruntime_unfolded"]
+    backends = ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded"]
+    arguments = ["--model", "digits", "--batch", "3", "--backend", ",".join(backends)]
     assert bench_latency.main([*arguments, "--seconds", "0.1", "--device", "cpu", "--json", str(out)]) == 0
     rows = {row["backend"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_unfolded"]
+    assert list(rows) == backends
     assert all(row["levels_apart"] <= 1 for row in rows.values()) and "speedup_over_diffusers" in rows["fastcm"]
     assert "speedup_over_diffusers" in rows["onnxruntime_cpu"] and "speedup_over_onnxruntime_unfolded" in rows["onnxruntime_cpu"]
     # The competitor computes its noise embedding at every call; ours has none.
