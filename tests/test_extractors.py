@@ -157,10 +157,10 @@ def fidelity(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_inception_gets_bytes_of_three_channels(tmp_path, monkeypatch, fidelity, channels):
     path = weights_file(tmp_path, monkeypatch, {"a": torch.zeros(1)})
-    x = images(channels=channels)
+    x = images(109, channels=channels)
     values, scores = InceptionFeatures(path).extract(x)
-    assert values.shape == (9, 2048) and scores.shape == (9, 1008)
-    np.testing.assert_allclose(values[:, :3], np.broadcast_to(x.mean((2, 3)), (9, 3)), rtol=1e-6)
+    assert values.shape == (109, 2048) and scores.shape == (109, 1008)
+    np.testing.assert_allclose(values[:, :3], np.broadcast_to(x.mean((2, 3)), (109, 3)), rtol=1e-6)
 
 
 def test_no_code_in_inception_weights_is_run(tmp_path, monkeypatch, fidelity):

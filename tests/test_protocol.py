@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fastcm.errors import InputError
 from fastcm.evaluation import features, halves, report
+from fastcm.evaluation.extractors import ModuleFeatures
 from fastcm.evaluation.halves import Features, TrainingJudge, over_splits, paired
 from fastcm.evaluation.protocol import evaluate
 from fastcm.evaluation.samples import Samples
@@ -104,6 +106,22 @@ def test_copies_are_detected_with_and_without_held_out_rows(world):
     held_out = np.arange(300, 400)
     row = figures(world, images[held_out], labels[held_out], metrics=("neighbours",), held_out=held_out)["neighbours"]
     assert row["identical"] == 0 and row["train_count"] == 300 and row["real_count"] == 100
+
+
+def test_the_judge_given_as_the_feature_network_is_the_judge(world):
+    images, labels = pictures(100, seed=5)
+    options = {"metrics": ("fid", "kid")}
+    as_judge = evaluate([Samples("set", images, labels)], world[0], world[1], judge=world[2], **options)
+    assert as_judge == evaluate([Samples("set", images, labels)], world[0], world[1], extractor=world[2], **options)
+    assert as_judge["protocol"]["reference_count"] == len(world[2].reference)
+    other = features.Judge(world[2].network, shape=(1, 8, 8), seed=0, fit=world[2].fit, reference=world[2].reference)
+    assert other.sha256 == world[2].sha256
+
+
+def test_another_network_may_not_call_itself_judge(world):
+    module = ModuleFeatures(torch.nn.Flatten(), name="judge")
+    with pytest.raises(InputError, match="a name that is taken in features: judge"):
+        evaluate([Samples("set", world[0])], world[0], world[1], extractor=module, metrics=("fid",))
 
 
 def test_figures_are_deterministic(world):

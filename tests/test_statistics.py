@@ -147,6 +147,28 @@ def test_other_features_than_the_references_are_refused():
         metrics.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
 
 
+def test_diversity_is_measured_between_samples_of_one_class():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(4), 30))
+    images = (labels * 60)[:, None, None, None] + rng.integers(0, 10, size=(120, 1, 4, 4))
+    seen = []
+
+    def distance(x, y):
+        seen.append((x, y))
+        return (x - y).square().mean((1, 2, 3)).sqrt()
+
+    def measured(labels):
+        return evaluate([Samples("s", images.astype(np.uint8), labels)], images.astype(np.uint8), None, metrics=("lpips",), lpips=distance)
+
+    alike, mixed = measured(labels)["sets"][0]["lpips"], measured(None)["sets"][0]["lpips"]
+    assert alike["n"] == 100 and seen[0][0].shape == (20, 1, 64, 64) and seen[0][0].min() >= -1
+    assert alike["mean"] < 0.1 < 0.4 < mixed["mean"] and 0 < alike["std"] < alike["mean"]
+    with pytest.raises(InputError, match="too few samples for --metrics lpips: 2"):
+        evaluate([Samples("s", images[:2].astype(np.uint8))], images.astype(np.uint8), None, metrics=("lpips",), lpips=distance)
+    with pytest.raises(InputError, match="no weights for --metrics lpips"):
+        evaluate([Samples("s", images.astype(np.uint8))], images.astype(np.uint8), None, metrics=("lpips",))
+
+
 class Means(nn.Module):
     """Features and class scores of an image: its mean by channel."""
 
@@ -171,6 +193,15 @@ def test_fifty_thousand_samples_stream_in_bounded_memory():
         tracemalloc.stop()
     assert row["count"] == row["fid"]["n"] == count and row["fid"]["features"] == "means"
     assert peak < 15e6 < 0.5 * count * 3 * 16 * 16, peak
+
+
+@pytest.mark.parametrize("sizes", [[5] * 140, [256, 256], [700], [1, 600, 3], [300, 212, 1], [2]])
+def test_blocks_do_not_depend_on_how_images_were_drawn(sizes):
+    images = np.arange(sum(sizes) * 4).astype(np.uint8).reshape(-1, 1, 2, 2)
+    parts = np.split(images, np.cumsum(sizes)[:-1])
+    blocks = list(Samples("s", Stream(images.shape, lambda: parts)).blocks())
+    np.testing.assert_array_equal(np.concatenate(blocks), images)
+    assert [len(b) for b in blocks] == [len(b) for b in Samples("s", images).blocks()]
 
 
 def test_a_stream_of_another_length_is_refused():

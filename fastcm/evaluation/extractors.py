@@ -14,6 +14,7 @@ from fastcm.errors import InputError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which torch.hub checks as well
+INCEPTION_BATCH = 50  # images at 299x299 at once
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
@@ -85,9 +86,12 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def extract(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        x = torch.from_numpy(np.array(images)).to(self.device)
-        features, scores = self.network(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x)
-        return checked(self.name, len(images), features.double().cpu().numpy(), scores.double().cpu().numpy())
+        parts = []
+        for start in range(0, len(images), INCEPTION_BATCH):
+            x = torch.from_numpy(np.array(images[start : start + INCEPTION_BATCH])).to(self.device)
+            output = self.network(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x)
+            parts.append([values.double().cpu().numpy() for values in output])
+        return checked(self.name, len(images), *(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 class OnnxFeatures:

@@ -122,6 +122,10 @@ def prepare(
     if images is not None:
         protocol |= {"data_count": len(images), "data_sha256": data_sha256(images, labels)}
     parts: dict = {}
+    if isinstance(extractor, Judge):
+        judge, extractor = extractor, None
+    if extractor is not None and extractor.name == Judge.name:
+        raise InputError(f"a name that is taken in features: {extractor.name}. Name the network otherwise.")
     if JUDGE_METRICS & set(metrics) or (FEATURE_METRICS & set(metrics) and extractor is None):
         judge = judge if judge is not None else train_judge(images, labels, cache=cache)
         protocol |= {"judge_seed": judge.seed, "judge_held_out_accuracy": judge.held_out_accuracy, "judge_sha256": judge.sha256}

@@ -34,14 +34,21 @@ class Samples:
     nfe: int | None = None
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The images once, in order, a block at a time."""
+        """The images once, in order, in blocks of 256 and a last one, however they were drawn: what follows has a cost per block."""
         if not isinstance(self.images, Stream):
             yield from (self.images[start : start + BLOCK] for start in range(0, len(self.images), BLOCK))
             return
-        seen = 0
-        for block in self.images.draw():
-            seen += len(block)
-            yield block
+        seen, held, waiting = 0, 0, []
+        for part in self.images.draw():
+            seen, held = seen + len(part), held + len(part)
+            waiting.append(part)
+            if held >= BLOCK:
+                whole = np.concatenate(waiting)
+                last = held - held % BLOCK
+                yield from (whole[start : start + BLOCK] for start in range(0, last, BLOCK))
+                waiting, held = [whole[last:].copy()], held - last
+        if held:
+            yield np.concatenate(waiting)
         if seen != len(self.images):
             raise InputError(f"other number of samples than announced in {self.name}: {seen} of {len(self.images)}. Draw them all.")
 
