@@ -226,6 +226,11 @@ def test_lpips_needs_weights_and_names_itself(tmp_path, capsys, monkeypatch):
     ("options", "words"),
     [
         (("--save",), "nothing to save in --save"),
+        (("--search-grid", "9"), "no search for --search-grid: 9."),
+        (("--metrics", "fid", "--teacher", "x"), "no metric for --teacher: x."),
+        (("--teacher", "none"), "no such file or folder in MODEL: none."),
+        (("--metrics", "fid", "--lpips-weights", "x"), "no metric for --lpips-weights"),
+        (("--features", "judge", "--inception-weights", "x"), "weights of another network than --features judge"),
         (("--search-steps", "1"), "illegal number of steps in --search-steps: 1."),
         (("--search-steps", "2", "--sigmas", "80,1"), "levels given beside a search"),
         (("--search-steps", "2", "--search-grid", "2"), "illegal number of levels in --search-grid: 2."),

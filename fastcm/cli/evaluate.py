@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     measured = opened if samples or args.search_steps is not None else draw_samples(args, opened)
     if args.search_steps is not None:
         evaluate_search.check(args, opened.generator, metrics)
+    teacher = open_teacher(args, opened, metrics)
     world = prepare(args, opened, metrics)
     if args.save_reference is not None:
         save_reference(args.save_reference, world)
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     galleries = {} if args.report is not None else None
     result = protocol.figures(measured.sets, world, galleries=galleries)
     if "consistency" in metrics:
-        figures = consistency(args, measured)
+        figures = consistency(measured, teacher)
         for row in result["sets"]:
             row["consistency"] = figures
     versions = {"fastcm": __version__, "torch": torch.__version__}
@@ -93,6 +94,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"not a folder in --report: {args.report}. Name a folder.")
     if args.save and args.search_steps is None:
         raise InputError("nothing to save in --save: no levels were searched. Give --search-steps K as well.")
+    if args.search_grid is not None and args.search_steps is None:
+        raise InputError(f"no search for --search-grid: {args.search_grid}. Give --search-steps K as well.")
+    if args.inception_weights is not None and args.features not in (None, "inception"):
+        raise InputError(f"weights of another network than --features {args.features}: --inception-weights. Leave one of them out.")
+    if args.lpips_weights is not None and "lpips" not in (args.metrics or ["lpips"]):
+        raise InputError("no metric for --lpips-weights: lpips is not in --metrics. Add it, or leave the weights out.")
     if args.search_steps is not None and args.sigmas is not None:
         raise InputError("levels given beside a search: --sigmas with --search-steps. Leave one of them out.")
 
@@ -171,24 +178,32 @@ def has_denoiser(generator) -> bool:
     return getattr(generator, "denoiser", None) is not None
 
 
-def consistency(args: argparse.Namespace, measured: Measured) -> dict:
+def open_teacher(args: argparse.Namespace, opened: Measured, metrics: list[str]):
+    """The denoiser of --teacher on the model's device, or None."""
+    if args.teacher is None:
+        return None
+    from fastcm import api
+    from fastcm.evaluation.samples import check_shape
+
+    if "consistency" not in metrics:
+        raise InputError(f"no metric for --teacher: {args.teacher}. Add consistency to --metrics, or leave the teacher out.")
+    teacher, info = api.load_denoiser(args.teacher)
+    if teacher.preconditioning.form != "edm":
+        raise InputError(f"not a diffusion model in --teacher: {args.teacher}. Train one with --method edm.")
+    shape = (info.get("channels"), info.get("resolution"), info.get("resolution"))
+    check_shape(f"--teacher {args.teacher}", shape, opened.dataset.images.shape[1:])
+    return teacher.to(opened.generator.device)
+
+
+def consistency(measured: Measured, teacher) -> dict:
     """Self-consistency of the model on a fixed choice of 64 images of the data."""
     import numpy as np
     import torch
 
-    from fastcm import api
-    from fastcm.evaluation.samples import check_shape
     from fastcm.evaluation.self_consistency import consistency_figures
     from fastcm.evaluation.statistics import ordered
 
-    generator, dataset, teacher = measured.generator, measured.dataset, None
-    if args.teacher is not None:
-        teacher, info = api.load_denoiser(args.teacher)
-        if teacher.preconditioning.form != "edm":
-            raise InputError(f"not a diffusion model in --teacher: {args.teacher}. Train one with --method edm.")
-        shape = (info.get("channels"), info.get("resolution"), info.get("resolution"))
-        check_shape(f"--teacher {args.teacher}", shape, dataset.images.shape[1:])
-        teacher = teacher.to(generator.device)
+    generator, dataset = measured.generator, measured.dataset
     rows = np.flatnonzero(ordered(len(dataset), number=0) < 64)
     images = torch.from_numpy(np.ascontiguousarray(dataset.images[rows])).to(generator.device)
     labels = torch.from_numpy(dataset.labels[rows]).to(generator.device) if generator.classes else None
