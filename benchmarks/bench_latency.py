@@ -180,9 +180,9 @@ COLUMNS = (
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of text."""
-    lines = [f"{'model':12}{'batch':>6} {'backend':18}{'precision':10}" + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS)]
+    lines = [f"{'model':12}{'batch':>6} {'backend':22}{'precision':10}" + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS)]
     for row in rows:
-        head = f"{row['model']:12}{row['batch']:>6} {row['backend']:18}{row['precision']:10}"
+        head = f"{row['model']:12}{row['batch']:>6} {row['backend']:22}{row['precision']:10}"
         values = "".join(f"{row.get(column, '-'):>{len(column) + 2}}" for column in COLUMNS)
         lines.append(head + (f"  failed: {row['error']}" if "error" in row else values))
     return lines

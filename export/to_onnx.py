@@ -175,13 +175,14 @@ def write(model, path: Path) -> None:
 
 def _manifest(exported: Exported, target: Target) -> dict:
     contract = exported.contract
-    inputs = {name: {"type": dtype.__name__, "shape": ["batch", *shape]} for name, (shape, dtype) in contract.inputs.items()}
+    rows = contract.batch or "batch"
+    inputs = {name: {"type": dtype.__name__, "shape": [rows, *shape]} for name, (shape, dtype) in contract.inputs.items()}
     shape, dtype = contract.output
     return {
         "target": {"name": target.name, "operators": f"{target.table.source} ({target.table.version})", "opset": exported.opset},
         "graph": {**contract._asdict(), "sigmas": list(exported.sigmas)},
         "inputs": inputs,
-        "outputs": {"images": {"type": dtype.__name__, "shape": ["batch", *shape]}},
+        "outputs": {"images": {"type": dtype.__name__, "shape": [rows, *shape]}},
         **({} if exported.fusion is None else {"fused by ONNX Runtime": exported.fusion._asdict()}),
         "compared with torch": {
             "tolerance": contract.tolerance,

@@ -1,5 +1,6 @@
 """Exported files as generators: the same call as torch's, on the provider that is really active."""
 
+import json
 import random
 import subprocess
 import sys
@@ -221,6 +222,29 @@ def with_escaping_data(model):
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret.bin")
     return model
+
+
+def with_property(model, name, **changes):
+    """One of the file's own statements changed."""
+    [entry] = [entry for entry in model.metadata_props if entry.key == f"fastcm.{name}"]
+    entry.value = json.dumps({**json.loads(entry.value), **changes})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("graph", {"classes": "abc"}), ("graph", {"steps": 2}), ("graph", {"batch": "x"}), ("graph", {"task": "paint"}),
+        ("graph", {"precision": 3}), ("graph", {"factor": 0, "task": "superres"}), ("graph", {"unheard": 1}),
+        ("config", {"preconditioning": {"sigma": 1}}), ("config", {"preconditioning": {"sigma_data": "x"}}),
+        ("config", {"classes": ["one"]}),
+    ],
+)  # fmt: skip
+def test_statements_that_cannot_be_true_are_refused(tmp_path, path, name, changes):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(with_property(onnx.load(path), name, **changes).SerializeToString())
+    with pytest.raises(InputError, match="not a generator exported by this fastcm in .*broken.onnx"):
+        OnnxGenerator(broken)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,16 @@ class Contract(NamedTuple):
     seeded: bool = False
     batch: int | None = None
 
+    def checked(self) -> "Contract":
+        """Itself; ValueError where a field, read from a file, is of another kind than it should be."""
+        counts = (self.steps, self.channels, self.resolution)
+        counts += tuple(value for value in (self.classes, self.factor, self.batch) if value is not None)
+        if not all(isinstance(value, int) and value > 0 for value in counts) or self.task not in TASKS or self.precision not in TOLERANCE:
+            raise ValueError(f"not a graph's form: {self}")
+        if (self.task == SUPERRES) != (self.factor is not None):
+            raise ValueError(f"a factor and no super-resolution: {self}")
+        return self
+
     @property
     def inputs(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name -> (shape without the batch, NumPy type), in the graph's order.

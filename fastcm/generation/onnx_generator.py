@@ -40,8 +40,7 @@ class OnnxGenerator(OnnxEditing):
         self._session, active = open_session(self.path, provider)
         self.provider = f"ONNX Runtime {PROVIDERS[active]}"
         self.device = "cpu" if active == "cpu" else "cuda"
-        self.info, self.graph_sigmas, self.contract = self._properties()
-        self.preconditioning = Preconditioning(**self.info["preconditioning"])
+        self.info, self.graph_sigmas, self.contract, self.preconditioning = self._properties()
         self.precision = self.contract.precision
         self.channels, self.resolution = self.contract.channels, self.contract.resolution
         names = range(self.contract.classes or 0)
@@ -49,22 +48,23 @@ class OnnxGenerator(OnnxEditing):
         self.batch_size = self.contract.batch or max(1, BATCH_ELEMENTS // (self.channels * self.resolution**2))
         self._buffers = Buffers(self._session, self.contract, self.device)
 
-    def _properties(self) -> tuple[dict, tuple[float, ...], Contract]:
-        """(config, noise levels, contract) as the file states them; InputError where its inputs are others than it says."""
+    def _properties(self) -> tuple[dict, tuple[float, ...], Contract, Preconditioning]:
+        """(config, noise levels, contract, scalings) as the file states them; InputError where its inputs are others than it says."""
         properties = self._session.get_modelmeta().custom_metadata_map
         values = [(value.name, value.type, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
         try:
             info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
-            contract = Contract(**form)
+            contract, preconditioning = Contract(**form).checked(), Preconditioning(**info["preconditioning"])
             stated = {**contract.inputs, "images": contract.output}
             wanted = [(name, TENSOR_TYPES[dtype], list(shape)) for name, (shape, dtype) in stated.items()]
-            known = values == wanted and isinstance(info["preconditioning"], dict) and len(sigmas) == contract.steps
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+            names = info.get("classes")
+            known = values == wanted and len(sigmas) == contract.steps and (not names or len(names) == contract.classes)
+        except (KeyError, TypeError, ValueError, AttributeError, InputError):
             known = False
         if not known:
             found = f"inputs {', '.join(value.name for value in self._session.get_inputs())}"
             raise InputError(f"not a generator exported by this fastcm in {self.path}: {found}. Use fastcm export MODEL --onnx.")
-        return info, tuple(sigmas), contract
+        return info, tuple(float(sigma) for sigma in sigmas), contract, preconditioning
 
     @property
     def sigma_range(self) -> tuple[float, float]:
