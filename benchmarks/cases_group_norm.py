@@ -101,7 +101,7 @@ def _split_backward(dtype, trips: int) -> dict[str, Budget]:
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 # Of the digits network, CIFAR-10's, ImageNet 64x64's and LSUN 256x256's: (shape, dtype, instructions forward, backward). A group of 24 or
-# 36 channels leaves lanes of a power of two idle. An H200 feeds its memory with 31 instructions for each element of bf16 forward, 46 backward.
+# 36 channels leaves lanes of a power of two idle. An H200 feeds its memory with 31 instructions per element of bf16 forward, 46 backward.
 _SLABS = [
     ((128, 32, 8, 8), _FP32, 25, 34),
     ((128, 64, 8, 8), _BF16, 29, 38),

@@ -88,7 +88,7 @@ def bench_table(content: dict) -> str:
         cells = [op, variant, "x".join(str(n) for n in shape), *([regime] if on_gpu else [])]
         cells += [_milliseconds(rows.get(name)) for name in (*names, "fastcm")]
         own = rows.get("fastcm", {})
-        cells += [f"{own[name]:.0f}" if own.get(name, 0) >= 100 else f"{own[name]:.3g}" if name in own else "-" for name in ("gb_s", "percent_of_copy")]
+        cells += [_figure(own[name]) if name in own else "-" for name in ("gb_s", "percent_of_copy")]
         if on_gpu:
             won = _wins(rows)
             cells.append("-" if won is None else "kernel" if won else "reference")
@@ -158,6 +158,10 @@ def _each(rows: list[Row], name: str) -> str:
 
 def _widths(accesses: dict[str, int]) -> str:
     return " + ".join(f"{count}x{bits}" for bits, count in sorted(accesses.items(), key=lambda item: -int(item[0]))) or "none"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _milliseconds(row: Row | None) -> str:
