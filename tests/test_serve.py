@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from http_server import Served, served
 from PIL import Image
-from test_generator import small_denoiser
+from test_generator import small_denoiser, small_generator
 
 import fastcm
 from fastcm.cli import main
+from fastcm.generation import generator as generator_module
 from fastcm.weights.model_folder import save_model
 
 CLASSES = ["ant", "bee", "cat"]
@@ -225,12 +226,21 @@ def until(condition, seconds: float = 30) -> None:
 def test_memory_stays_flat(model):
     """Hundreds of requests of every kind, good, bad and abandoned, which write nothing to the log."""
     with served(model, *OPTIONS) as server:
-        before = burdened(server, 100)
-        after = burdened(server, 100)
+        before = burdened(server, 50)
+        after = burdened(server, 50)
         assert after - before < 15, (before, after)
         assert ask(server, "GET", "/health")[0] == 200
         server.process.terminate()
         assert server.process.communicate(timeout=30)[1] == ""
+
+
+def test_levels_that_clients_make_up_are_not_kept(monkeypatch):
+    monkeypatch.setattr(generator_module, "LEVELS_KEPT", 2)
+    generator = small_generator(3)
+    first = generator([1], sigmas=(80.0, 1.0))
+    for sigma in (2.0, 3.0, 4.0):
+        generator([1], sigmas=(80.0, sigma))
+    assert len(generator._frozen) == 2 and np.array_equal(generator([1], sigmas=(80.0, 1.0)), first)
 
 
 def burdened(server: Served, rounds: int) -> float:
@@ -250,11 +260,11 @@ def test_the_end_finishes_what_was_accepted(model, generator, number):
         idle.request("GET", "/health")
         idle.getresponse().read()
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(ask, server, "POST", "/generate", {"seeds": list(range(16)), "steps": 48})
+            answer = pool.submit(ask, server, "POST", "/generate", {"seeds": list(range(16)), "steps": 12})
             until(lambda: figure(server, "fastcm_images_total") > 0)
             server.process.send_signal(number)
             status, body, _ = answer.result(timeout=60)
-        assert status == 200 and close(drawn(body), generator(range(16), steps=48))
+        assert status == 200 and close(drawn(body), generator(range(16), steps=12))
         assert server.process.wait(timeout=30) == 128 + number
         assert server.process.stderr.read() == ""
         with pytest.raises(ConnectionRefusedError):

@@ -1,8 +1,9 @@
-"""`fastcm export`: a model as one ONNX file, checked against torch before it is written, and as a TensorRT engine."""
+"""`fastcm export`: a model as one ONNX file, checked against torch before it is written, and as what is built around such a file."""
 
 import argparse
 from pathlib import Path
 
+from fastcm.cli import export_apps
 from fastcm.cli.sample import sigma_list
 from fastcm.errors import InputError
 
@@ -28,6 +29,7 @@ def add(subparsers) -> None:
     parser.add_argument("--tensorrt", metavar="OUT.plan", help=engine)
     parser.add_argument("--profile", type=batch_list, metavar="MIN,OPT,MAX", help="the engine's batches (default: 1,4,16)")
     parser.add_argument("--factor", type=int, metavar="P", help="superres: the enlargement (default: 4)")
+    export_apps.add_options(parser)
 
 
 def batch_list(text: str) -> tuple[int, ...]:
@@ -53,6 +55,9 @@ def output_path(onnx: str | None, model: Path, plan: str | None = None) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
+    if export_apps.wanted(args):
+        return export_apps.run(args)
+
     from fastcm import api
 
     out = output_path(args.onnx, Path(args.model), args.tensorrt)

@@ -1,0 +1,64 @@
+"""The targets of `fastcm export` that are whole folders or programs: a web page, a model repository for a server, a C++ package."""
+
+import argparse
+from pathlib import Path
+
+from fastcm.errors import InputError
+
+TARGETS = ("web", "serving", "aot")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--web", metavar="DIR", help="a folder for any static web server: a page that draws in the browser")
+    parser.add_argument("--runtime", metavar="DIR", help="--web: the npm package onnxruntime-web (default: from node_modules)")
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """True where one of these targets was asked for; InputError where it cannot be had together with other options."""
+    chosen = [f"--{name}" for name in TARGETS if getattr(args, name, None) is not None]
+    if args.runtime is not None and args.web is None:
+        raise InputError("an option of --web alone: --runtime. Give --web DIR, or leave it out.")
+    if not chosen:
+        return False
+    others = [option for option, given in (("--onnx", args.onnx is not None), ("--tensorrt", args.tensorrt is not None)) if given]
+    if len(chosen) + len(others) > 1:
+        raise InputError(f"several targets at once in fastcm export: {', '.join([*chosen, *others])}. Give one of them.")
+    fixed = [("--target", args.target), ("--opset", args.opset), ("--factor", args.factor), ("--profile", args.profile)]
+    fixed += [("--seeded", args.seeded or None), ("--optimize", args.optimize or None)]
+    fixed += [("--task", None if args.task == "generate" else args.task)]
+    if args.web is not None:
+        fixed += [("--batch", args.batch), ("--uint8", args.uint8 or None)]
+    for option, value in fixed:
+        if value is not None:
+            raise InputError(f"an option that {chosen[0]} decides itself: {option}. Leave it out.")
+    return True
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the target and says what was compared."""
+    from fastcm import api
+
+    denoiser, info = api.load_denoiser(args.model)
+    return web(args, denoiser, info)
+
+
+def web(args: argparse.Namespace, denoiser, info: dict) -> int:
+    from fastcm.export.to_web import export_web
+
+    runtime = None if args.runtime is None else Path(args.runtime)
+    made = export_web(
+        denoiser, info, out=Path(args.web), runtime=runtime, title=Path(args.model).resolve().stem, steps=args.steps, sigmas=args.sigmas,
+        precision=args.precision,
+    )  # fmt: skip
+    for graph in made.graphs.values():
+        compared(graph)
+    print(f"{made.path} (onnxruntime-web {made.runtime}; look at it: python3 -m http.server 8000 --directory {made.path})")
+    return 0
+
+
+def compared(graph) -> None:
+    """A graph's comparison with torch."""
+    from fastcm.export.parity import table
+
+    print(f"{graph.path.name} in ONNX Runtime against torch, largest and mean difference of a pixel")
+    print(*table(graph.comparisons, graph.contract.tolerance), sep="\n")
