@@ -13,7 +13,7 @@ def write_page(args: argparse.Namespace, measured: Measured, result: dict, world
     from fastcm.weights.model_folder import write_text
 
     classes = measured.generator.classes if measured.generator is not None else getattr(measured.dataset, "class_names", None)
-    facts = Facts(f"{Path(args.model).name} by fastcm", galleries, world.training, classes, run_log(Path(args.model)))
+    facts = Facts(f"{Path(args.model).name}, evaluated by fastcm", galleries, world.training, classes, run_log(Path(args.model)))
     args.report.mkdir(exist_ok=True)
     path = args.report / "index.html"
     write_text(path, page(result, facts))
