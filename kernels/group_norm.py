@@ -15,12 +15,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastcm.kernels import launch
+from fastcm.kernels.group_norm_tiles import (
+    activated,
+    affine,
+    centred_and_dv,
+    group_sum,
+    input_gradient,
+    slab_place,
+    statistics_of,
+)
 from fastcm.kernels.group_statistics import _launch_fwd as launch_statistics
 from fastcm.kernels.group_statistics import channel_tile, group_statistics_reference, group_tile, split_grid
-from fastcm.kernels.launch import libdevice, tl, triton
+from fastcm.kernels.launch import tl, triton
 from fastcm.kernels.precondition import FLOATS
-
-MATH = tl.constexpr(launch.MATH)
 
 
 def group_norm(
@@ -66,83 +73,22 @@ def _normalized(x, groups, weight, bias, eps):
 
 
 @triton.jit
-def _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c):
-    """A and b [channels] of the module docstring: v = y A + b."""
-    b_weight = tl.full(o_c.shape, 1.0, tl.float32) if weight is None else tl.load(weight + o_c, m_c, other=0.0).to(tl.float32)
-    b_bias = tl.full(o_c.shape, 0.0, tl.float32) if bias is None else tl.load(bias + o_c, m_c, other=0.0).to(tl.float32)
-    if scale is not None:
-        b_scale = 1.0 + tl.load(scale + i_b * stride + o_c, m_c, other=0.0).to(tl.float32)
-        b_weight *= b_scale
-        b_bias = b_bias * b_scale + tl.load(shift + i_b * stride + o_c, m_c, other=0.0).to(tl.float32)
-    return b_weight, b_bias
-
-
-@triton.jit
-def _statistics(mean, rstd, i_b, o_c, m_c, C, D: tl.constexpr):
-    """Mean and 1 / std of the group of each channel."""
-    o_group = i_b * (C // D) + o_c // D
-    return tl.load(mean + o_group, m_c, other=0.0), tl.load(rstd + o_group, m_c, other=0.0)
-
-
-@triton.jit
-def _sigmoid(v):
-    # The accurate exponential and division cost about twenty instructions for each element, which is more than its bytes take.
-    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-v)) if MATH == 1 else tl.sigmoid(v)
-
-
-@triton.jit
-def _y_and_dv(x, grad, o, m, b_mean, b_rstd, A, b, SILU: tl.constexpr):
-    y = (tl.load(x + o, m, other=0.0).to(tl.float32) - b_mean[None, :]) * b_rstd[None, :]
-    dv = tl.load(grad + o, m, other=0.0).to(tl.float32)
-    if SILU:
-        v = y * A[None, :] + b[None, :]
-        s = _sigmoid(v)
-        dv *= s + v * s * (1.0 - s)
-    return y, dv
-
-
-@triton.jit
-def _activated(v, SILU: tl.constexpr):
-    return v * _sigmoid(v) if SILU else v
-
-
-@triton.jit
-def _group_sum(b_sums, D: tl.constexpr, GROUPS: tl.constexpr):
-    """Sums of channels [BLOCK_C] -> for each channel the sum over its group. The block starts with a group; D may be any number."""
-    i_group = tl.arange(0, b_sums.shape[0]) // D
-    member = i_group[None, :] == tl.arange(0, GROUPS)[:, None]
-    b_groups = tl.sum(tl.where(member, b_sums[None, :], 0.0), 1)
-    return tl.sum(tl.where(member, b_groups[:, None], 0.0), 0)
-
-
-@triton.jit
-def _slab(C: tl.constexpr, HW: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One pass: a program's sample, channels and the offsets and mask of its slab, all pixels of CHANNELS channels (whole groups)."""
-    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    i_program = tl.program_id(0)
-    i_b, lane = (i_program // BLOCKS).to(tl.int64), tl.arange(0, BLOCK_C)
-    o_c, o_p = (i_program % BLOCKS) * CHANNELS + lane, tl.arange(0, BLOCK_P)
-    m_c = (lane < CHANNELS) if C % CHANNELS == 0 else (lane < CHANNELS) & (o_c < C)
-    return i_b, o_c, m_c, i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
-
-
-@triton.jit
 def _group_norm_fwd_kernel(
     x, weight, bias, scale, shift, stride, out, mean, rstd, eps, C: tl.constexpr, HW: tl.constexpr,
     D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    i_b, o_c, m_c, o, m = _slab(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
+    i_b, o_c, m_c, o, m = slab_place(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
     b_x = tl.load(x + o, m, other=0.0).to(tl.float32)
-    b_mean = _group_sum(tl.sum(b_x, 0), D, GROUPS) / (HW * D)
+    b_mean = group_sum(tl.sum(b_x, 0), D, GROUPS) / (HW * D)
     centred = tl.where(m, b_x - b_mean[None, :], 0.0)
-    b_rstd = tl.rsqrt(_group_sum(tl.sum(centred * centred, 0), D, GROUPS) / (HW * D) + eps)
+    b_rstd = tl.rsqrt(group_sum(tl.sum(centred * centred, 0), D, GROUPS) / (HW * D) + eps)
     o_group, m_group = i_b * (C // D) + o_c // D, m_c & (o_c % D == 0)
     tl.store(mean + o_group, b_mean, m_group)
     tl.store(rstd + o_group, b_rstd, m_group)
-    A, b = _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
     A *= b_rstd
-    tl.store(out + o, _activated(centred * A[None, :] + b[None, :], SILU).to(out.dtype.element_ty), m)
+    tl.store(out + o, activated(centred * A[None, :] + b[None, :], SILU).to(out.dtype.element_ty), m)
 
 
 @triton.jit
@@ -151,15 +97,16 @@ def _group_norm_bwd_kernel(
     D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    i_b, o_c, m_c, o, m = _slab(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
-    b_mean, b_rstd = _statistics(mean, rstd, i_b, o_c, m_c, C, D)
-    A, b = _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
-    y, dv = _y_and_dv(x, grad, o, m, b_mean, b_rstd, A, b, SILU)
-    S1, S2 = tl.sum(dv, 0), tl.sum(dv * y, 0)
+    i_b, o_c, m_c, o, m = slab_place(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
+    b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
+    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    slope = A * b_rstd
+    centred, dv = centred_and_dv(x, grad, o, m, b_mean, slope, b, SILU)
+    S1, S2 = tl.sum(dv, 0), tl.sum(dv * centred, 0) * b_rstd
     tl.store(sums + 2 * i_b * C + o_c, S1, m_c)
     tl.store(sums + (2 * i_b + 1) * C + o_c, S2, m_c)
-    mean_1, mean_2 = _group_sum(A * S1, D, GROUPS) / (HW * D), _group_sum(A * S2, D, GROUPS) / (HW * D)
-    b_grad_x = b_rstd[None, :] * (dv * A[None, :] - mean_1[None, :] - y * mean_2[None, :])
+    mean_1, mean_2 = group_sum(A * S1, D, GROUPS) / (HW * D), group_sum(A * S2, D, GROUPS) / (HW * D)
+    b_grad_x = input_gradient(centred, dv, slope, b_rstd, mean_1, mean_2)
     tl.store(grad_x + o, b_grad_x.to(grad_x.dtype.element_ty), m)
 
 
@@ -171,11 +118,11 @@ def _split_output_kernel(
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
-    b_mean, b_rstd = _statistics(mean, rstd, i_b, o_c, m_c, C, D)
-    A, b = _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
+    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
     A *= b_rstd
     centred = tl.load(x + o, m, other=0.0).to(tl.float32) - b_mean[None, :]
-    tl.store(out + o, _activated(centred * A[None, :] + b[None, :], SILU).to(out.dtype.element_ty), m)
+    tl.store(out + o, activated(centred * A[None, :] + b[None, :], SILU).to(out.dtype.element_ty), m)
 
 
 @triton.jit
@@ -188,18 +135,19 @@ def _split_sums_kernel(
     i_chunk = tl.program_id(1)
     first = i_chunk * PIXELS
     last = tl.minimum(first + PIXELS, HW)
-    b_mean, b_rstd = _statistics(mean, rstd, i_b, o_c, m_c, C, D)
-    A, b = _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
+    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A *= b_rstd
     S1, S2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_P):
         o_p = start + tl.arange(0, BLOCK_P)
         o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < last)[:, None] & m_c[None, :]
-        y, dv = _y_and_dv(x, grad, o, m, b_mean, b_rstd, A, b, SILU)
+        centred, dv = centred_and_dv(x, grad, o, m, b_mean, A, b, SILU)
         S1 += dv
-        S2 += dv * y
+        S2 += dv * centred
     p_partial = partial + (i_b * tl.num_programs(1) + i_chunk) * 2 * C + o_c
     tl.store(p_partial, tl.sum(S1, 0), m_c)
-    tl.store(p_partial + C, tl.sum(S2, 0), m_c)
+    tl.store(p_partial + C, tl.sum(S2, 0) * b_rstd, m_c)
 
 
 @triton.jit
@@ -212,7 +160,7 @@ def _split_reduce_kernel(
     S1, S2 = tl.sum(tl.load(partial + o, m, other=0.0), 0), tl.sum(tl.load(partial + C + o, m, other=0.0), 0)
     tl.store(sums + 2 * i_b * C + o_c, S1, m_c)
     tl.store(sums + (2 * i_b + 1) * C + o_c, S2, m_c)
-    A, _b = _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, _b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
     p_means = means + i_group + i_b * (C // D)
     tl.store(p_means, tl.sum(tl.where(m_c, A * S1, 0.0), 0) / (HW * D))
     tl.store(p_means + C // D, tl.sum(tl.where(m_c, A * S2, 0.0), 0) / (HW * D))
@@ -226,16 +174,17 @@ def _split_gradient_kernel(
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
-    b_mean, b_rstd = _statistics(mean, rstd, i_b, o_c, m_c, C, D)
-    mean_1, mean_2 = _statistics(means, means + C // D, 2 * i_b, o_c, m_c, C, D)
-    A, b = _affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
-    y, dv = _y_and_dv(x, grad, o, m, b_mean, b_rstd, A, b, SILU)
-    b_grad_x = b_rstd[None, :] * (dv * A[None, :] - mean_1[None, :] - y * mean_2[None, :])
+    b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
+    mean_1, mean_2 = statistics_of(means, means + C // D, 2 * i_b, o_c, m_c, C, D)
+    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    slope = A * b_rstd
+    centred, dv = centred_and_dv(x, grad, o, m, b_mean, slope, b, SILU)
+    b_grad_x = input_gradient(centred, dv, slope, b_rstd, mean_1, mean_2)
     tl.store(grad_x + o, b_grad_x.to(grad_x.dtype.element_ty), m)
 
 
 def slab_of(channels: int, groups: int, pixels: int, itemsize: int, *, backward: bool) -> dict[str, int] | None:
-    """The constants of `_slab` and the warps of one pass, or None where a slab does not fit a program's registers and work is split."""
+    """The constants of `slab_place` and the warps of one pass; None where a slab does not fit a program's registers and work is split."""
     depth = channels // groups
     # The fewest groups whose channels fill a 32-byte sector and 128-bit accesses.
     taken = next((g for g in range(1, groups) if g * depth * itemsize >= 32 and g * depth * itemsize % 16 == 0), groups)
@@ -248,7 +197,7 @@ def slab_of(channels: int, groups: int, pixels: int, itemsize: int, *, backward:
 
 
 def _affine_inputs(weight, bias, scale, shift):
-    """The arguments of `_affine` in its order. scale and shift may be the halves of one matrix [B, 2 C]: their rows share a stride."""
+    """The arguments of `affine` in its order. scale and shift may be the halves of one matrix [B, 2 C]: their rows share a stride."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if scale is not None and (scale.stride() != shift.stride() or scale.stride(1) != 1):
         scale, shift = scale.contiguous(), shift.contiguous()
