@@ -1,6 +1,7 @@
 """Reading data: decoding beside what Pillow alone decodes on the same cores, opening a large cache, and waiting for batches in training."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -20,11 +21,11 @@ from fastcm.benchmarks.interleaved import Limits, rounded, rounds
 from fastcm.benchmarks.models import MODELS
 from fastcm.benchmarks.options import add_options, names, sizes
 from fastcm.benchmarks.results_file import ResultsFile, Row
-from fastcm.benchmarks.train_backends import Job, build, dataset
+from fastcm.benchmarks.train_backends import Job, dataset
 from fastcm.training import cache_building, image_cache, sources
 from fastcm.training.data import Dataset, open_dataset
 from fastcm.training.decode_pool import cores
-from fastcm.training.prefetch import Prefetcher
+from fastcm.training.trainer import Trainer
 
 IDENTITY = ("bench", "op", "pictures", "backend", "model", "batch")
 
@@ -179,7 +180,7 @@ def open_million(folder: Path, args: argparse.Namespace) -> list[Row]:
 
 
 def wait(folder: Path, args: argparse.Namespace) -> list[Row]:
-    """The share of a training step that is spent waiting for its batch, prepared ahead from a memory-mapped cache."""
+    """The share of a training step that the trainer spends waiting for its batch, from a cache on the disk."""
     rows, device = [], torch.device("cpu")
     for name in names(args.model, MODELS, "--model", ("digits",) if args.quick else ("digits", "colour32")):
         model = MODELS[name]
@@ -187,16 +188,18 @@ def wait(folder: Path, args: argparse.Namespace) -> list[Row]:
         images = dataset(model)
         entry = image_cache.build_entry(folder / f"wait-{name}", [images.images], shape=images.images.shape, labels=None, class_names=None)
         mapped = Dataset(entry.images, images.labels, images.class_names, name, entry.fingerprint)
-        step = build("fastcm", Job(model, batch, device, "auto", "auto")).step
+        job, network = Job(model, batch, device, "auto", "auto"), model.network().train()
+        trainer = Trainer(job.config(), network, copy.deepcopy(network).requires_grad_(False), mapped, device=device,
+                          precision=job.precision_of("fastcm"), compiled=False)  # fmt: skip
+        trainer.train_step()
+        source = trainer._batches
+        waited, began, steps = source.wait_s, time.perf_counter(), 0
         least_s = args.seconds if args.seconds is not None else 5 if args.quick else 30
-        with Prefetcher(mapped, seed=0, size=batch, stride=batch) as source:
-            source.batch(0)
-            waited, began, steps = source.wait_s, time.perf_counter(), 0
-            while steps < 3 or time.perf_counter() - began < least_s:
-                steps += 1
-                source.batch(steps * batch)
-                step()
-            seconds = time.perf_counter() - began
+        while steps < 3 or time.perf_counter() - began < least_s:
+            steps += 1
+            trainer.train_step()
+        seconds = time.perf_counter() - began
+        source.close()
         rows.append({"bench": "data", "op": "wait", "model": name, "batch": batch, "backend": "fastcm", "steps": steps,
                      "step_ms": rounded(seconds / steps * 1e3),
                      "percent_of_step": rounded(100 * (source.wait_s - waited) / seconds)})  # fmt: skip
