@@ -88,11 +88,5 @@ class FilesEndAt:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
-def as_nobody() -> None:
-    """Root may write anywhere: the user `nobody` may not."""
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 def own_warnings_are_errors() -> None:
     warnings.filterwarnings("error", module=r"fastcm(\.|$)")

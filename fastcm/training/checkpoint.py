@@ -25,7 +25,8 @@ def save_checkpoint(folder: Path, *, step: int, parts: dict[str, dict[str, Tenso
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
         _clear(temporary)
-        temporary.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # in a run folder that is still there
+        temporary.mkdir()
         for name, tensors in parts.items():
             write_safetensors(temporary / f"{name}.safetensors", tensors)
         write_json(temporary / STATE, state)
@@ -36,8 +37,7 @@ def save_checkpoint(folder: Path, *, step: int, parts: dict[str, dict[str, Tenso
         os.replace(temporary, final)
         flush_folder(folder)
     except (OSError, RuntimeError) as error:
-        needed = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
-        free = shutil.disk_usage(_existing(folder)).free
+        needed, free = size_of(parts), shutil.disk_usage(_existing(folder)).free
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
             f"checkpoint not written in {final}: {error} (needs {needed:,} bytes, {free:,} free). "
@@ -46,6 +46,18 @@ def save_checkpoint(folder: Path, *, step: int, parts: dict[str, dict[str, Tenso
     for old in complete_steps(folder)[:-keep]:
         shutil.rmtree(folder / f"{PREFIX}{old:09d}")
     return final
+
+
+def check_room(folder: Path, parts: dict[str, dict[str, Tensor]]) -> None:
+    """RunError where the file system of `folder` has no room for a checkpoint of these parts."""
+    needed, free = size_of(parts), shutil.disk_usage(_existing(folder)).free
+    if free < needed:
+        raise RunError(f"no room for a checkpoint in {folder}: needs {needed:,} bytes, {free:,} free. Free some, or choose another --out.")
+
+
+def size_of(parts: dict[str, dict[str, Tensor]]) -> int:
+    """Bytes of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensors in parts.values() for tensor in tensors.values())
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
@@ -70,7 +82,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """Reads one checkpoint after checking every file's size and hash; InputError names the file at fault."""
     files = read_json(path / MANIFEST).get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or STATE not in files or not all(isinstance(facts, dict) for facts in files.values()):
         raise InputError(f"broken manifest in {path / MANIFEST}: no list of files. Delete the folder to resume from an older one.")
     for name, facts in files.items():
         file = path / name

@@ -1,5 +1,6 @@
 """What a person watches while a run trains: the progress bar, log.jsonl, TensorBoard, sample grids, the measured quality."""
 
+import contextlib
 import importlib.util
 import sys
 import time
@@ -43,7 +44,8 @@ class Monitor:
     def __exit__(self, *exc: object) -> None:
         self.bar.close()
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # a folder that is gone has had its error
+                self.writer.close()
 
     def advance(self, nimg: int) -> None:
         self.bar.update(min(nimg, self.bar.total) - self.bar.n)

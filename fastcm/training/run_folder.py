@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from fastcm.errors import InputError
+from fastcm.errors import InputError, RunError
 from fastcm.training.config import differences
 from fastcm.weights.model_folder import read_json, write_json
 
@@ -81,6 +81,11 @@ class RunFolder:
         if after > before:
             self.notes.append(f"duration {before:g} -> {after:g} kimg: learning rate, N and mu follow the new total from here on")
 
+    def check_present(self) -> None:
+        """RunError where the folder was taken away under the run: what is written later would not be a run."""
+        if not (self.path / CONFIG_NAME).is_file():
+            raise RunError(f"run folder gone while training in --out: {self.path}. Put it back, and run the same command again.")
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -90,8 +95,11 @@ class RunFolder:
         return self.path / "model"
 
     def append_log(self, row: dict) -> None:
-        with open(self.path / LOG_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path / LOG_NAME, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"log not written in {self.path}: {error.strerror}. Give the run its folder back, with room in it.") from error
 
     def read_log(self) -> list[dict]:
         """The rows of log.jsonl; a half-written last line is left out."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.generation.generator import Generator
-from fastcm.training.checkpoint import newest_checkpoint, save_checkpoint
+from fastcm.training.checkpoint import check_room, newest_checkpoint, save_checkpoint
 from fastcm.training.monitor import Monitor
 from fastcm.training.run_folder import RunFolder
 from fastcm.training.signals import StopRequest
@@ -53,6 +53,9 @@ class Session:
         for note in self.folder.notes:
             print(f"fastcm: {note}", file=sys.stderr)
         if found is None:
+            check_room(self.folder.path, self.trainer.state()[0])
+            if self.folder.read_log():
+                print(f"fastcm: no checkpoint in {self.folder.checkpoints}: from the beginning", file=sys.stderr)
             self.folder.cut_log(-1)
             return
         parts, state = found
@@ -82,6 +85,7 @@ class Session:
         return RunResult(self.out / "model", trainer.nimg, trainer.total_nimg, self.signal)
 
     def _log(self, progress: Progress) -> None:
+        self.folder.check_present()
         self.monitor.log(progress)
         for callback in self.callbacks:
             callback(progress, self.trainer)
@@ -94,6 +98,8 @@ class Session:
         evaluate = _due(nimg, config.batch, config.evaluate_every_kimg)
         if self.folder is not None:
             self.monitor.advance(nimg)
+            if sample or evaluate or save:
+                self.folder.check_present()
             if sample:
                 self.monitor.sample(self._generator())
             if evaluate:
@@ -112,6 +118,7 @@ class Session:
     def _checkpoint(self) -> None:
         self.trainer.check_same()
         if self.folder is not None:
+            self.folder.check_present()
             parts, state = self.trainer.state()
             save_checkpoint(self.folder.checkpoints, step=self.trainer.step, parts=parts, state={**state, "best": self.best})
         self.saved_nimg, self.saved_at = self.trainer.nimg, time.monotonic()

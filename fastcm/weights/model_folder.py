@@ -1,8 +1,10 @@
 """fastcm's own format: a folder with `config.json` (everything but the weights) and `model.safetensors` (fp32, contiguous). No pickle."""
 
 import dataclasses
+import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import safetensors
@@ -71,7 +73,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes fp32-as-given contiguous clones, flushed to disk before the file gets its name."""
     temporary = path.with_name(f".tmp-{path.name}")
-    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+    try:
+        safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+    except safetensors.SafetensorError as error:  # the system's own number, as for any other file, where the text has it
+        temporary.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (errno.EIO, str(error))), str(path)) from error
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
