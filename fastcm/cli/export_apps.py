@@ -10,6 +10,8 @@ TARGETS = ("web", "serving", "aot")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--web", metavar="DIR", help="a folder for any static web server: a page that draws in the browser")
+    repository = "a model repository for Triton Inference Server; a model that is there already gets a new version"
+    parser.add_argument("--serving", metavar="DIR", help=repository)
     parser.add_argument("--runtime", metavar="DIR", help="--web: the npm package onnxruntime-web (default: from node_modules)")
 
 
@@ -23,11 +25,10 @@ def wanted(args: argparse.Namespace) -> bool:
     others = [option for option, given in (("--onnx", args.onnx is not None), ("--tensorrt", args.tensorrt is not None)) if given]
     if len(chosen) + len(others) > 1:
         raise InputError(f"several targets at once in fastcm export: {', '.join([*chosen, *others])}. Give one of them.")
-    fixed = [("--target", args.target), ("--opset", args.opset), ("--factor", args.factor), ("--profile", args.profile)]
-    fixed += [("--seeded", args.seeded or None), ("--optimize", args.optimize or None)]
-    fixed += [("--task", None if args.task == "generate" else args.task)]
+    fixed = [("--target", args.target), ("--profile", args.profile), ("--batch", args.batch)]
     if args.web is not None:
-        fixed += [("--batch", args.batch), ("--uint8", args.uint8 or None)]
+        fixed += [("--opset", args.opset), ("--factor", args.factor), ("--task", None if args.task == "generate" else args.task)]
+        fixed += [("--uint8", args.uint8 or None), ("--seeded", args.seeded or None), ("--optimize", args.optimize or None)]
     for option, value in fixed:
         if value is not None:
             raise InputError(f"an option that {chosen[0]} decides itself: {option}. Leave it out.")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from fastcm import api
 
     denoiser, info = api.load_denoiser(args.model)
-    return web(args, denoiser, info)
+    return web(args, denoiser, info) if args.web is not None else serving(args, denoiser, info)
 
 
 def web(args: argparse.Namespace, denoiser, info: dict) -> int:
@@ -53,6 +54,18 @@ def web(args: argparse.Namespace, denoiser, info: dict) -> int:
     for graph in made.graphs.values():
         compared(graph)
     print(f"{made.path} (onnxruntime-web {made.runtime}; look at it: python3 -m http.server 8000 --directory {made.path})")
+    return 0
+
+
+def serving(args: argparse.Namespace, denoiser, info: dict) -> int:
+    from fastcm.export.triton_repository import export_serving
+
+    names = ("steps", "sigmas", "precision", "opset", "uint8", "task", "factor", "seeded", "optimize")
+    options = {name: getattr(args, name) for name in names}
+    name = Path(args.model).resolve()
+    made = export_serving(denoiser, info, repository=Path(args.serving), name=name.name if name.is_dir() else name.stem, options=options)
+    compared(made.exported)
+    print(f"{made.path}, version {made.version} (serve it: tritonserver --model-repository {args.serving})")
     return 0
 
 
