@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastcm.consistency.denoiser import Denoiser
+from fastcm.errors import PeerError, RunError
 from fastcm.generation.generator import Generator
-from fastcm.training.checkpoint import check_room, newest_checkpoint, save_checkpoint
+from fastcm.training.checkpoint import check_room, complete_steps, newest_checkpoint, save_checkpoint
 from fastcm.training.monitor import Monitor
 from fastcm.training.run_folder import RunFolder
 from fastcm.training.signals import StopRequest
@@ -74,7 +75,10 @@ class Session:
     def train(self) -> RunResult:
         trainer = self.trainer
         with StopRequest() as self.request, self.monitor if self.folder is not None else contextlib.nullcontext():
-            trainer.train(log_every_s=LOG_EVERY_S, on_log=self._log, on_step=self._between_steps)
+            try:
+                trainer.train(log_every_s=LOG_EVERY_S, on_log=self._log, on_step=self._between_steps)
+            except RunError as error:
+                raise self._with_checkpoint(error) from error
             if self.saved_nimg != trainer.nimg:
                 self._checkpoint()
             if self.folder is not None:
@@ -83,6 +87,11 @@ class Session:
                 self._save_models(self.folder.path, "model")
         self.processes.barrier()
         return RunResult(self.out / "model", trainer.nimg, trainer.total_nimg, self.signal)
+
+    def _with_checkpoint(self, error: RunError) -> RunError:
+        """The error, with the checkpoint that the run can be taken up from."""
+        steps = [] if self.folder is None or isinstance(error, PeerError) else complete_steps(self.folder.checkpoints)
+        return type(error)(f"{error} The last checkpoint is step-{steps[-1]:09d}.") if steps else error
 
     def _log(self, progress: Progress) -> None:
         self.folder.check_present()
