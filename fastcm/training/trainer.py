@@ -107,7 +107,8 @@ class Trainer:
         self._set_scalars(values)
         self.loss = self._descend(values)
         norms = [optimizer.gradient_norm() for optimizer in self.optimizers.values()]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        # 0 * loss is NaN where the loss is not finite, whose gradient may be: such a step is left out as well.
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms), dim=0) + 0 * self.loss
         for optimizer in self.optimizers.values():
             optimizer.step(lr=self.lr, mu=self.mu, ema_decays=self.ema_decays, grad_norm=self.grad_norm)
         if self.loss_scale is not None:
