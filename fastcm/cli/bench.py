@@ -6,7 +6,7 @@ import importlib
 BENCHMARKS = {
     "kernels": "each kernel against its reference and torch.compile, in ms and GB/s",
     "train": "images per second of a training step",
-    "latency": "milliseconds of a one-step image, by batch and backend",
+    "latency": "milliseconds of a one-step image, by batch and backend; latency FILE|URL: of a file or a server",
 }
 
 
@@ -19,5 +19,8 @@ def add(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    benchmark = importlib.import_module(f"fastcm.benchmarks.bench_{args.benchmark}")
-    return benchmark.main([word for word in args.arguments if word != "--debug"])
+    words = [word for word in args.arguments if word != "--debug"]
+    # `bench latency FILE|URL` measures what is named, `bench latency` the networks of benchmarks/models.py.
+    named = args.benchmark == "latency" and words and not words[0].startswith("-")
+    benchmark = importlib.import_module(f"fastcm.benchmarks.bench_{'target' if named else args.benchmark}")
+    return benchmark.main(words)
