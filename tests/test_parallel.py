@@ -11,10 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 from training_runs import recorded_losses, small_run, stop_after
 
 from fastcm.errors import InputError
+from fastcm.training import gradient_reduction
+from fastcm.training.config import OptimizerConfig
+from fastcm.training.gradient_reduction import GradientReduction
+from fastcm.training.optimizer import FlatOptimizer
 from fastcm.training.parallel import Processes
 from fastcm.training.trainer import Trainer
 
@@ -141,3 +147,49 @@ def test_one_process_needs_nobody():
         share = Processes()
         share.size = 4
         share.share(15)
+
+
+def test_chunks_leave_during_the_backward_pass_in_one_order(monkeypatch):
+    """Two processes' sums without the second process: what is sent is doubled."""
+    sent, chunks_at_end = [], []
+
+    class Work:
+        def wait(self):
+            pass
+
+    def all_reduce(tensor, group, async_op):
+        sent.append((tensor.data_ptr(), tensor.numel()))
+        tensor.mul_(2)
+        return Work()
+
+    monkeypatch.setattr(gradient_reduction.dist, "all_reduce", all_reduce)
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
+    optimizer = FlatOptimizer(network, None, OptimizerConfig())
+    reduction = GradientReduction([optimizer], Processes(), chunk_bytes=2 * 32 * 33 * 4)
+    assert len(reduction.chunks) == 3
+
+    def backward(*, armed):
+        optimizer.zero_grad()
+        if armed:
+            reduction.arm()
+        x = torch.linspace(-1, 1, 32).expand(4, 32)
+        network(x).square().sum().backward()
+        chunks_at_end.append(len(sent))
+        return optimizer.gradient.clone()
+
+    plain = backward(armed=False)
+    assert sent == []
+    backward(armed=True)
+    reduction.finish()
+    assert chunks_at_end[-1] == len(sent) == 3  # all left before the pass was over
+    assert torch.equal(optimizer.gradient, 2 * plain) and plain.norm() > 0
+    begins = [begin for begin, _ in sent]
+    assert begins == sorted(begins, reverse=True) and sum(size for _, size in sent) == optimizer.layout.size
+
+    sent.clear()
+    network[3].requires_grad_(False)  # its hooks stay silent: nothing after its chunk may overtake it
+    backward(armed=True)
+    assert 0 < chunks_at_end[-1] < 3
+    reduction.finish()
+    assert [begin for begin, _ in sent] == begins

@@ -180,7 +180,7 @@ def _described(error: Exception) -> tuple[int, str]:
 def _report(message: str, *, debug: bool, prefix: str = "fastcm: error: ") -> None:
     if debug:
         traceback.print_exc()
-    who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {os.environ.get('RANK')}: "
+    who = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
     print(f"{prefix}{who}{message}", file=sys.stderr)
 
 

@@ -34,6 +34,7 @@ class Processes:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._store = store
         self._steps = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT) if size > 1 else None
+        self._work = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT) if size > 1 else None
         self.gradient_group = self._steps
 
     @property
@@ -78,7 +79,7 @@ class Processes:
         """Waits until all processes are here; the writer may come late from its work."""
         if self.size > 1:
             with told():
-                dist.all_reduce(torch.zeros(1))
+                dist.all_reduce(torch.zeros(1), group=self._work)
 
     @contextmanager
     def writer_first(self) -> Iterator[None]:
@@ -149,11 +150,18 @@ def joined() -> Iterator[Processes]:
 
     An error that leaves the context is the run's first, or a PeerError: the others come to an end within seconds of the first.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if dist.is_initialized():  # by the caller, whose groups are left alone
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+        return
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Processes()
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
-    dist.init_process_group("gloo", store=dist.PrefixStore("fastcm", store), rank=rank, world_size=size, timeout=WORK_TIMEOUT)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"processes that do not meet in torchrun: {reason}. Start them by torchrun, or unset WORLD_SIZE.") from error
+    dist.init_process_group("gloo", store=dist.PrefixStore("fastcm", store), rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     processes = Processes(rank, size, local_rank=int(os.environ.get("LOCAL_RANK", rank)), store=store)
     try:
         yield processes

@@ -19,6 +19,7 @@ from fastcm.training.loss_scale import LossScale
 from fastcm.training.method_loss import Guides, MethodLoss
 from fastcm.training.optimizer import FlatOptimizer
 from fastcm.training.parallel import Processes
+from fastcm.training.prefetch import batches
 from fastcm.training.schedule import StepValues, step_values
 
 FLIP_STREAM = 2
@@ -41,6 +42,7 @@ class Progress:
     mu: float
     skipped: int  # updates left out so far because their gradient was not finite
     images_per_s: float
+    waited: float  # share of the time since the last line that went by waiting for images
 
 
 class Trainer:
@@ -73,6 +75,7 @@ class Trainer:
         self.reduction = GradientReduction(list(self.optimizers.values()), self.processes) if self.processes.size > 1 else None
         self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
         self.step, self.nimg = 0, 0
+        self._batches = None  # from the first step on; see prefetch.batches
         # Scalars that change every step live on the device, so that compiled code and graphs see no new constants.
         self.lr, self.mu = torch.zeros(1, device=device), torch.zeros(1, device=device)
         self.ema_decays = torch.zeros(len(config.optimizer.ema_halflife_kimg), device=device)
@@ -89,8 +92,9 @@ class Trainer:
 
     def next_batch(self) -> Batch:
         """This process's share of the batch that begins at nimg."""
-        first = self.nimg + self.processes.rank * self.share
-        images, labels, position = self.dataset.batch(first, self.share, seed=self.config.seed)
+        if self._batches is None:
+            self._batches = batches(self.dataset, seed=self.config.seed, size=self.share, stride=self.config.batch, device=self.device)
+        images, labels, position = self._batches.batch(self.nimg + self.processes.rank * self.share)
         images, position = images.to(self.device, non_blocking=True), position.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         flip = kernels.uniform(self.seed, position, stream=FLIP_STREAM) < 0.5 if self.config.flip else None
@@ -189,7 +193,7 @@ class Trainer:
         now = (now + 1) * ~torch.isfinite(self.grad_norm[0])
         self.nonfinite = torch.stack((now, torch.maximum(longest, now)))
 
-    def progress(self, values: StepValues, images_per_s: float) -> Progress:
+    def progress(self, values: StepValues, images_per_s: float, waited: float = 0.0) -> Progress:
         """Reads the device: call it at log lines only. Raises RunError where training has stopped making updates."""
         skipped = self.step - int(self.optimizer.steps_taken)
         if self.loss_scale is not None:  # whose search for a scale that fits skips as many updates as it takes
@@ -210,6 +214,7 @@ class Trainer:
             values.mu,
             skipped,
             images_per_s,
+            waited,
         )
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -252,16 +257,27 @@ class Trainer:
         In the writer's process on_log sees the device's figures every log_every_s seconds.
         """
         self.optimizer.check_views()
-        began, began_nimg = time.monotonic(), self.nimg
-        while self.nimg < self.total_nimg:
-            values = self.train_step()
-            now = time.monotonic()
-            done = self.nimg >= self.total_nimg
-            if self.processes.is_writer and (done or now - began >= log_every_s):
-                on_log(self.progress(values, (self.nimg - began_nimg) / max(now - began, 1e-9)))
-                began, began_nimg = time.monotonic(), self.nimg
-            if not on_step():
-                return
+        try:
+            began, began_nimg, began_wait_s = time.monotonic(), self.nimg, 0.0
+            while self.nimg < self.total_nimg:
+                values = self.train_step()
+                now = time.monotonic()
+                done = self.nimg >= self.total_nimg
+                if self.processes.is_writer and (done or now - began >= log_every_s):
+                    seconds = max(now - began, 1e-9)
+                    waited = (self._batches.wait_s - began_wait_s) / seconds
+                    on_log(self.progress(values, (self.nimg - began_nimg) / seconds, waited))
+                    began, began_nimg, began_wait_s = time.monotonic(), self.nimg, self._batches.wait_s
+                if not on_step():
+                    return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the preparation of batches; the next step begins it anew."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def piece(batch: Batch, start: int, images: int) -> Batch:
