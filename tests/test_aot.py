@@ -1,6 +1,7 @@
 """The machine code of every kernel, compiled without a GPU, against its budget."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -72,6 +73,20 @@ def test_machine_code_is_within_budget(case):
         for row in rows:
             found = aot.faults(row, case.budgets[row["kernel"]])
             assert not found, f"{name_of(case)} sm_{architecture} {row['kernel']}: {'; '.join(found)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["optimizer_step", "ema_update", "group_norm"])
+def test_offsets_into_batches_and_flat_buffers_are_64_bit(op):
+    """In the IR: an image or a buffer is reached by 64-bit offsets, or by 32-bit ones within a sample from a 64-bit one to it."""
+    cases = {tuple(case.budgets): case for case in CASES if case.op == op}  # one case for each set of kernels
+    for case in cases.values():
+        for launched in aot.record_launches(case.launch):
+            ttir = aot.compile_launch(launched, 90)["ttir"]
+            dims = 2 if op == "group_norm" else 1  # vectors of group_norm are weights, which a sample's offset does not reach
+            offsets = set(re.findall(rf"tt\.addptr .* : tensor<(?:\d+x){{{dims}}}!tt\.ptr<\w+>>, tensor<(?:\d+x){{{dims}}}(i\d+)>", ttir))
+            from_sample = launched.name == "group_statistics_partial" and re.search(r"tt\.addptr .* : !tt\.ptr<bf16>, i64", ttir)
+            assert offsets == {"i64"} or from_sample, launched.name
 
 
 def test_noise_keeps_its_promised_limits():
