@@ -90,3 +90,23 @@ class FilesEndAt:
 
 def own_warnings_are_errors() -> None:
     warnings.filterwarnings("error", module=r"fastcm(\.|$)")
+
+
+def called(function: Callable, arguments: tuple, output: Path, *, seconds: float) -> tuple[int, str]:
+    """Calls a function of a test module in a process of its own: (exit code, negative for a signal; everything printed)."""
+    output.write_bytes(b"")
+    process = _server.Process(target=_call, args=(function, arguments, str(output)))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"still at work after {seconds} s")
+    return process.exitcode, output.read_text(encoding="utf-8", errors="replace")
+
+
+def _call(function: Callable, arguments: tuple, output: str) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    function(*arguments)

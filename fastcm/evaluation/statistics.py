@@ -132,7 +132,7 @@ def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
             mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
     except FileNotFoundError:
         raise InputError(f"no such file in --reference: {path}. Give an .npz with mu and sigma.") from None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"unreadable .npz in --reference: {path} ({error}). Copy it again.") from None

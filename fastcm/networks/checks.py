@@ -2,6 +2,9 @@
 
 from fastcm.errors import InputError, nearest
 
+# No network has more; a file that asks for millions would keep its reader busy for ever.
+MOST_LEVELS, MOST_BLOCKS = 16, 256
+
 
 def require(condition: bool, field: str, value, remedy: str) -> None:
     """Raises InputError for `network.<field>` unless `condition` holds."""
@@ -33,6 +36,8 @@ def require_dropout(config) -> None:
 def require_levels(config) -> None:
     """channel_mult keeps the widths whole, resolution halves evenly, and attention happens at resolutions that halving reaches."""
     mults, count = config.channel_mult, len(config.channel_mult)
+    require(count <= MOST_LEVELS, "channel_mult", f"{count} levels", f"Give {MOST_LEVELS} at most.")
+    require(config.blocks <= MOST_BLOCKS, "blocks", config.blocks, f"Give {MOST_BLOCKS} at most.")
     whole = all(mult > 0 and config.channels * mult == int(config.channels * mult) for mult in mults)
     require(count > 0 and whole, "channel_mult", mults, "Give positive factors, e.g. 1,2, that keep channels whole.")
     factor = 2 ** (count - 1)

@@ -25,7 +25,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"unreadable file in --config: {path} ({error}). Give a TOML or JSON file of settings.") from None
     try:
         content = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # broken, or nested or long beyond what the readers take
         raise InputError(f"broken file in --config: {path} ({error}). Write it as TOML (.toml) or JSON.") from None
     if not isinstance(content, dict):
         raise InputError(f"no settings in --config: {path} ({type(content).__name__} at the top). Give names and values.")

@@ -1,6 +1,7 @@
 """`.npz` files in the field's convention: arr_0 uint8 [N, H, W, C], arr_1 labels; pictures are read in blocks, not as a whole."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 from fastcm.errors import InputError
 from fastcm.training.labels import check_labels
 
+# What zipfile and numpy raise at damaged or absurd archives.
+ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, IndexError, NotImplementedError, MemoryError)
 IMAGE_LAYOUT = "uint8 [N, H, W, C] with C = 1 or 3, or [N, H, W]"
 
 
@@ -33,7 +36,9 @@ class Arrays:
                     if len(data) != size * row_bytes:
                         raise InputError(f"truncated file in --data: {self.path}. Copy it again.")
                     yield np.frombuffer(data, np.uint8).reshape(size, *self.images_shape[1:])
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except ARCHIVE_ERRORS as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"unreadable .npz in --data: {self.path} ({error}). Copy it again.") from error
 
 
@@ -43,7 +48,7 @@ def open_npz(path: Path) -> Arrays:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if "arr_0.npy" not in names:
-                raise InputError(f"no array arr_0 in --data: {path} (it holds {', '.join(names) or 'nothing'}). arr_0 is {IMAGE_LAYOUT}.")
+                raise InputError(f"no array arr_0 in --data: {path} (it holds {_listed(names)}). arr_0 is {IMAGE_LAYOUT}.")
             with archive.open("arr_0.npy") as stream:
                 shape, fortran, dtype = _read_npy_header(stream, path)
         if fortran:
@@ -51,13 +56,22 @@ def open_npz(path: Path) -> Arrays:
         shape = check_images(shape, dtype, f"arr_0 in --data: {path}")
         labels = None
         if "arr_1.npy" in names:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_1.npy") as stream:
+                stated, _, dtype = _read_npy_header(stream, path)
+            if dtype.hasobject or int(np.prod(stated, dtype=object)) != shape[0]:  # before room is made for them
+                raise InputError(f"not one class index per picture in arr_1 in --data: {path}: {dtype} {list(stated)}. Save int64 [N].")
             with np.load(path, allow_pickle=False) as arrays:
                 labels = check_labels(arrays["arr_1"], shape[0], f"arr_1 in --data: {path}")
         return Arrays(path, shape, labels)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except ARCHIVE_ERRORS as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"unreadable .npz in --data: {path} ({error}). arr_0 is {IMAGE_LAYOUT}, arr_1 int64 labels.") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"unreadable .npz in --data: {path} ({reason}). arr_0 is {IMAGE_LAYOUT}, arr_1 int64 labels.") from error
+
+
+def _listed(names: list[str]) -> str:
+    return " ".join(", ".join(names).split())[:200] or "nothing"
 
 
 def _read_npy_header(stream, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -85,7 +85,7 @@ def list_zip(path: Path, *, labels_file: Path | None = None, limit: int = MAX_CL
     found: dict[str, Span] = {}
     for member in members:
         name = str(PurePosixPath(member.filename))
-        if member.is_dir() or not _is_wanted(name) or any(map(_hidden, name.split("/"))):
+        if not member.filename or member.is_dir() or not _is_wanted(name) or any(map(_hidden, name.split("/"))):
             continue
         if name in found:
             raise InputError(f"two members of one name in --data: {path}: {name}. Rename one of them.")

@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"missing file: {path}. Give the folder of a fastcm model or run.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError, of JSON or of UTF-8 as well
         raise InputError(f"broken JSON in {path}: {error}. Restore the file from a copy.") from None
     if not isinstance(content, dict):
         raise InputError(f"broken JSON in {path}: {type(content).__name__} at the top. An object is expected.")
@@ -129,13 +129,21 @@ def load_model(folder: Path, *, network: nn.Module | None = None) -> tuple[Denoi
         preconditioning = Preconditioning(**config["preconditioning"])
         options = dict(config["network"])
         kind = options.pop("kind")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"broken config in {folder / CONFIG_NAME}: {error}. Restore the file from a copy.") from None
     if network is None:
         if kind == CUSTOM:
             raise InputError(f"a network of your own in {folder}: {options.get('class')}. Call fastcm.load(..., network=that_module).")
-        with torch.device("meta"):
-            network = networks.build(kind, options)
+        try:
+            with torch.device("meta"):
+                network = networks.build(kind, options)
+        except InputError:
+            raise
+        except Exception as error:  # sizes that no tensor has, text for numbers: torch raises nearly anything
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise InputError(f"broken network in {folder / CONFIG_NAME}: {reason}. Restore the file from a copy.") from None
     state = read_safetensors(folder / WEIGHTS_NAME)
     fill(network, state, folder / WEIGHTS_NAME)
     return Denoiser(network.eval().requires_grad_(False), preconditioning), config
