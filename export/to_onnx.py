@@ -60,20 +60,12 @@ def export_onnx(
     out = Path(out)
     if out.is_dir():
         raise InputError(f"a folder in --onnx: {out}. Give the name of a file.")
-    if chosen_sampler(None, info) != "consistency":
-        remedy = "One call gives its mean image; distil it first: fastcm train --method cd --teacher MODEL."
-        raise InputError(f"a diffusion teacher in MODEL: it needs a solver. {remedy}")
     if optimize and target != "ort":
         raise InputError(f"ONNX Runtime's operators for another runtime in --optimize: --target {target}. Leave --optimize out.")
     runtime = chosen_target(target, seeded=seeded)
     opset = chosen_opset(opset, runtime)
-    if steps is None and sigmas is None and task != GENERATE:
-        steps = EDIT_STEPS
-    levels = noise_levels(steps, sigmas, denoiser.preconditioning, info.get("sampling"))
-    contract = _contract(
-        denoiser, info, steps=len(levels), precision=precision, batch=batch, uint8=uint8, task=task, factor=factor, seeded=seeded
-    )
-    whole = _plain(denoiser)
+    form = {"precision": precision, "batch": batch, "uint8": uint8, "task": task, "factor": factor, "seeded": seeded}
+    whole, levels, contract = graph_of(denoiser, info, steps=steps, sigmas=sigmas, **form)
     reference = build(whole, levels, contract._replace(precision="fp32"))
     program = reference if precision == "fp32" else build(whole, levels, contract)
     properties = metadata(denoiser, info, sigmas=levels, contract=contract)
@@ -92,6 +84,19 @@ def export_onnx(
         publish.write_manifest(folder, out, _manifest(exported, runtime))
         publish.publish(folder, out)
     return exported
+
+
+def graph_of(
+    denoiser: Denoiser, info: dict, *, steps: int | None, sigmas: Iterable[float] | None, task: str, **form
+) -> tuple[Denoiser, tuple[float, ...], Contract]:
+    """(plain denoiser, noise levels, contract) of what is asked for, checked. form: the other fields of the contract."""
+    if chosen_sampler(None, info) != "consistency":
+        remedy = "One call gives its mean image; distil it first: fastcm train --method cd --teacher MODEL."
+        raise InputError(f"a diffusion teacher in MODEL: it needs a solver. {remedy}")
+    if steps is None and sigmas is None and task != GENERATE:
+        steps = EDIT_STEPS
+    levels = noise_levels(steps, sigmas, denoiser.preconditioning, info.get("sampling"))
+    return _plain(denoiser), levels, _contract(denoiser, info, steps=len(levels), task=task, **form)
 
 
 def convert(program: Program, contract: Contract, *, target: Target, opset: int, properties: dict[str, str]):

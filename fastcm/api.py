@@ -13,19 +13,19 @@ from fastcm.weights.model_folder import is_model_folder, load_model, read_json
 
 RUN_FORMAT = "fastcm-run"
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
-FILE_KINDS = {".onnx": "onnx", ".pt": "openai", ".pth": "openai", ".pkl": "edm"}
-MODEL_KINDS = "a run folder, a model folder, a diffusers folder, an OpenAI .pt, an EDM .pkl or an exported .onnx"
+FILE_KINDS = {".onnx": "onnx", ".pt2": "aot", ".pt": "openai", ".pth": "openai", ".pkl": "edm"}
+MODEL_KINDS = "a run folder, a model folder, a diffusers folder, an OpenAI .pt, an EDM .pkl, or an exported .onnx or .pt2"
 
 
 def resolve_model(model: str | Path) -> tuple[str, Path]:
-    """Returns (kind, path) of MODEL: kind is "folder", "diffusers", "openai", "edm" or "onnx"; a run folder stands for its model/."""
+    """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm", "onnx" or "aot"; a run folder stands for its model/."""
     path = Path(model)
     if path.is_dir():
         return _resolve_folder(path)
     if not path.exists():
         raise InputError(f"no such file or folder in MODEL: {path}. Give {MODEL_KINDS}.")
     suffix = path.suffix.lower()
-    if suffix in (".pt2", ".plan", ".engine"):
+    if suffix in (".plan", ".engine"):
         raise InputError(f"a compiled program in MODEL: {path}. Run it with the tool that built it; fastcm loads {MODEL_KINDS}.")
     if suffix not in FILE_KINDS:
         raise InputError(f"unknown kind of file in MODEL: {path}. Give {MODEL_KINDS}.")
@@ -51,11 +51,11 @@ def _resolve_folder(path: Path) -> tuple[str, Path]:
 
 
 def load_denoiser(model: str | Path, *, network: nn.Module | None = None) -> tuple[Denoiser, dict]:
-    """Returns (denoiser with fp32 weights on the CPU, config) of any MODEL but an .onnx file. No code of the file is executed."""
+    """Returns (denoiser with fp32 weights on the CPU, config) of any MODEL but an exported file. No code of the file is executed."""
     kind, path = resolve_model(model)
     if kind == "folder":
         return load_model(path, network=network)
-    if kind == "onnx":
+    if kind in ("onnx", "aot"):
         raise InputError(f"an exported graph in MODEL: {path}. Its weights cannot be taken out; give the folder it was exported from.")
     if kind == "openai":
         from fastcm.weights.openai import read_openai as read
@@ -78,10 +78,10 @@ def load(
 ):
     """Returns a generator: generator(seeds, labels=None, *, steps=None, sigmas=None, output="uint8") -> images.
 
-    model: a run folder, model folder, diffusers folder, OpenAI .pt, EDM .pkl or exported .onnx; no pickle is executed.
+    model: a run folder, model folder, diffusers folder, OpenAI .pt, EDM .pkl, exported .onnx or .pt2; no pickle is executed.
     device: "auto", "cpu", "cuda" or "cuda:N"; precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16"; both for torch.
     provider: "auto", "cpu", "cuda" or "tensorrt": what ONNX Runtime runs an .onnx file on; a strict error where it is not available.
-    trust: reserved for file kinds that hold programs. network: the module to fill where the model has a class of the user's own.
+    trust: load a .pt2, which is a program: that runs its code. network: the module to fill where the model has a class of the user's own.
     """
     if provider not in PROVIDERS:
         raise InputError(f"unknown value in --provider: {provider}. Use one of {', '.join(PROVIDERS)}.{nearest(str(provider), PROVIDERS)}")
@@ -90,12 +90,25 @@ def load(
         from fastcm.generation.onnx_generator import OnnxGenerator
 
         return OnnxGenerator(path, provider=_onnx_provider(provider, device))
+    if kind == "aot":
+        return _package(path, trust=trust, elsewhere={provider, str(device).partition(":")[0]} - {"auto", "cpu"})
     if provider != "auto":
         if provider == "tensorrt":
             raise InputError(f"provider tensorrt for a torch model in --provider: {path}. Export it first: fastcm export {path} --onnx.")
         device = provider if device == "auto" else device
     denoiser, info = load_denoiser(model, network=network)
     return Generator(denoiser, info, device=device, precision=precision)
+
+
+def _package(path: Path, *, trust: bool, elsewhere: set[str]):
+    """The generator of a .pt2. elsewhere: devices asked for that it was not compiled for."""
+    if not trust:
+        raise InputError(f"a program in MODEL: {path}. Loading it runs its code: give --trust (Python: trust=True) if you trust it.")
+    if elsewhere:
+        raise InputError(f"a program for CPUs in MODEL: {path}. Leave out --device and --provider: {', '.join(sorted(elsewhere))}.")
+    from fastcm.generation.aot_generator import AotGenerator
+
+    return AotGenerator(path)
 
 
 def _onnx_provider(provider: str, device: str) -> str:

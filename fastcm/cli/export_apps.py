@@ -12,12 +12,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--web", metavar="DIR", help="a folder for any static web server: a page that draws in the browser")
     repository = "a model repository for Triton Inference Server; a model that is there already gets a new version"
     parser.add_argument("--serving", metavar="DIR", help=repository)
+    package = "machine code for this kind of CPU: an AOTInductor package for C++, loaded in Python with --trust"
+    parser.add_argument("--aot", metavar="OUT.pt2", help=package)
     parser.add_argument("--runtime", metavar="DIR", help="--web: the npm package onnxruntime-web (default: from node_modules)")
 
 
 def wanted(args: argparse.Namespace) -> bool:
     """True where one of these targets was asked for; InputError where it cannot be had together with other options."""
-    chosen = [f"--{name}" for name in TARGETS if getattr(args, name, None) is not None]
+    chosen = [f"--{name}" for name in TARGETS if getattr(args, name) is not None]
     if args.runtime is not None and args.web is None:
         raise InputError("an option of --web alone: --runtime. Give --web DIR, or leave it out.")
     if not chosen:
@@ -25,7 +27,12 @@ def wanted(args: argparse.Namespace) -> bool:
     others = [option for option, given in (("--onnx", args.onnx is not None), ("--tensorrt", args.tensorrt is not None)) if given]
     if len(chosen) + len(others) > 1:
         raise InputError(f"several targets at once in fastcm export: {', '.join([*chosen, *others])}. Give one of them.")
-    fixed = [("--target", args.target), ("--profile", args.profile), ("--batch", args.batch)]
+    fixed = [("--target", args.target), ("--profile", args.profile)]
+    if args.aot is None:
+        fixed += [("--batch", args.batch)]
+    else:
+        precision = None if args.precision == "fp32" else args.precision
+        fixed += [("--opset", args.opset), ("--optimize", args.optimize or None), ("--precision", precision)]
     if args.web is not None:
         fixed += [("--opset", args.opset), ("--factor", args.factor), ("--task", None if args.task == "generate" else args.task)]
         fixed += [("--uint8", args.uint8 or None), ("--seeded", args.seeded or None), ("--optimize", args.optimize or None)]
@@ -40,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from fastcm import api
 
     denoiser, info = api.load_denoiser(args.model)
-    return web(args, denoiser, info) if args.web is not None else serving(args, denoiser, info)
+    targets = {"web": web, "serving": serving, "aot": aot}
+    return next(write for name, write in targets.items() if getattr(args, name) is not None)(args, denoiser, info)
 
 
 def web(args: argparse.Namespace, denoiser, info: dict) -> int:
@@ -69,9 +77,19 @@ def serving(args: argparse.Namespace, denoiser, info: dict) -> int:
     return 0
 
 
-def compared(graph) -> None:
+def aot(args: argparse.Namespace, denoiser, info: dict) -> int:
+    from fastcm.export.to_aot import export_aot
+
+    names = ("steps", "sigmas", "batch", "uint8", "seeded", "task", "factor")
+    made = export_aot(denoiser, info, out=Path(args.aot), **{name: getattr(args, name) for name in names})
+    compared(made, "AOTInductor")
+    print(f"{made.path} ({made.path.stat().st_size / 1e6:.1f} MB; runs beside this version of torch alone)")
+    return 0
+
+
+def compared(graph, runtime: str = "ONNX Runtime") -> None:
     """A graph's comparison with torch."""
     from fastcm.export.parity import table
 
-    print(f"{graph.path.name} in ONNX Runtime against torch, largest and mean difference of a pixel")
+    print(f"{graph.path.name} in {runtime} against torch, largest and mean difference of a pixel")
     print(*table(graph.comparisons, graph.contract.tolerance), sep="\n")

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     kind, out = output_path(args.out, Path(args.model), report=args.report)
     if args.grid is not None and args.timesteps is None:
         raise InputError(f"missing option beside --grid: --timesteps. Give both, as --timesteps 0,22,39 --grid {args.grid}.")
-    if args.churn is not None and api.resolve_model(args.model)[0] == "onnx":
+    if args.churn is not None and api.resolve_model(args.model)[0] in ("onnx", "aot"):
         raise InputError(f"a solver's option for an exported graph in --churn: {args.model}. Use the folder that it was exported from.")
     generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
     by_class = args.report and args.labels in (None, "all") and 0 < len(generator.classes or ()) <= MOST_COLUMNS

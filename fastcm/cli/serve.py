@@ -1,6 +1,7 @@
 """`fastcm serve`: a model behind HTTP: JSON or PNG, requests of the same moment drawn in one batch."""
 
 import argparse
+import os
 
 from fastcm.errors import InputError
 
@@ -38,6 +39,8 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
+    # Before torch is loaded: its idle threads would spin on the cores that the event loop and the clients need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import aiohttp  # noqa: F401  (a missing package is named before the model is loaded)
 
