@@ -77,10 +77,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert expected <= set(names)
     others = {name for name in names if not name.endswith(".py")}
     assert {f"fastcm/data/{name}" for name in ("digits.npz", "DIGITS-LICENSE.txt", "emoji32.npz", "EMOJI32-LICENSE.txt")} <= others
+    assert {"fastcm/export/web/index.html", "fastcm/export/web/philox.js", "fastcm/export/cpp/fastcm.hpp"} <= others
     assert not [name for name in others if not name.startswith(("fastcm/data/", "fastcm/export/"))]
     assert sorted(licences) == ["DIGITS-LICENSE.txt", "EMOJI32-LICENSE.txt", "LICENSE"]
     assert wheel.stat().st_size < 4e6
-    for extra in ("export", "gpu", "metrics", "lpips", "data", "test"):
+    for extra in ("export", "gpu", "metrics", "lpips", "data", "serve", "test"):
         assert f"Provides-Extra: {extra}\n" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split()[1].split(">")[0].rstrip(";") for line in required) == "numpy pillow safetensors torch tqdm triton".split()
