@@ -68,7 +68,8 @@ def plan(
         raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
     unlabelled = own is not None and changes.get("network.num_classes", own.network["num_classes"]) is None
     dataset = None if source is None else open_dataset(
-        source, resolution=resolution, classes=0 if unlabelled else None, bad_images=changes.get("bad_images", "fail")
+        source, resolution=resolution, classes=0 if unlabelled else None, bad_images=changes.get("bad_images", "fail"),
+        labels_file=changes.get("labels_file"),
     )  # fmt: skip
     label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
     arguments = {"dataset": dataset, "data": label} if name == "folder" else {}

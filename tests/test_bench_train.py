@@ -13,8 +13,8 @@ from fastcm import kernels
 from fastcm.benchmarks import bench_train, step_split, train_backends
 from fastcm.benchmarks.models import MODELS, Model
 from fastcm.benchmarks.published_step import Draw, PublishedStep
-from fastcm.training.schedule import sigma_pair, step_values
 from fastcm.training.method_loss import SIGMA_STREAM
+from fastcm.training.schedule import sigma_pair, step_values
 from fastcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

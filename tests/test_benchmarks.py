@@ -149,7 +149,8 @@ def test_defaults_by_device():
     assert bench_latency.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
     assert bench_latency.default_models(gpu, False) == list(MODELS)
     job = latency_backends.Job(MODELS["colour32"], 4, CPU, "auto")
-    assert bench_latency.default_backends(job, True) == ["eager", "diffusers", "fastcm", "onnxruntime_cpu"]
+    onnx = ["onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded"]
+    assert bench_latency.default_backends(job, True) == ["eager", "diffusers", "fastcm", *onnx]
     assert "compile" in bench_latency.default_backends(latency_backends.Job(MODELS["colour32"], 1, CPU, "auto"), True)
     on_gpu = latency_backends.Job(MODELS["imagenet64"], 1, gpu, "auto")
     assert bench_latency.default_backends(on_gpu, False) == ["eager", "diffusers", "fastcm", "compile", "compile_max"]

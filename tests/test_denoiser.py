@@ -84,7 +84,8 @@ def test_the_rate_of_c_noise_is_its_derivative_in_ln_sigma(c_noise):
     p = Preconditioning(form="edm", c_noise=c_noise)
     sigma = torch.tensor([0.01, 0.5, 80.0])
     above, below = (p.coefficients(sigma * factor).c_noise.double() for factor in (1.01, 1 / 1.01))
-    torch.testing.assert_close(p.c_noise_rate(sigma).double(), (above - below) / (2 * torch.tensor(1.01).double().log()), rtol=1e-3, atol=1e-6)
+    expected = (above - below) / (2 * torch.tensor(1.01).double().log())
+    torch.testing.assert_close(p.c_noise_rate(sigma).double(), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_edm_form_is_the_identity_at_zero():

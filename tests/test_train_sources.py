@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from random_pictures import cifar_files, random_pixels, write_cifar, write_folder, write_shards, write_tar, write_zip
 
 import fastcm
@@ -124,3 +125,17 @@ def test_changed_data_is_noticed_on_resume(tmp_path, capsys):
 def test_emoji_train(tmp_path):
     assert main(["train", "emoji32", "--out", str(tmp_path / "run"), *TINY]) == 0
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["classes"] is None
+
+
+def test_classes_from_a_file_of_labels_elsewhere(tmp_path):
+    """`--labels-file` gives the classes of pictures that have none beside them, and is part of the run."""
+    from fastcm import runs
+
+    pixels_of_all = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for index, pixels in enumerate(pixels_of_all):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{index}.png")
+    (tmp_path / "classes.csv").write_text("".join(f"{i}.png,{i % 3}\n" for i in range(6)))
+    ready = runs.plan(data=str(tmp_path / "pictures"), changes={"labels_file": str(tmp_path / "classes.csv")})
+    assert ready.dataset.labels.tolist() == [0, 1, 2, 0, 1, 2] and ready.config.labels_file.endswith("classes.csv")
+    assert runs.plan(data=str(tmp_path / "pictures")).dataset.labels is None

@@ -5,6 +5,7 @@ import importlib
 
 BENCHMARKS = {
     "kernels": "each kernel against its reference and torch.compile, in ms and GB/s",
+    "data": "decoding beside Pillow alone, opening a large cache, waiting for batches",
     "train": "images per second of a training step",
     "latency": "milliseconds of a one-step image, by batch and backend; latency FILE|URL: of a file or a server",
 }
@@ -13,7 +14,7 @@ BENCHMARKS = {
 def add(subparsers) -> None:
     lines = "\n".join(f"  {name:10}{text}" for name, text in BENCHMARKS.items())
     parser = subparsers.add_parser("bench", help="measure kernels, training or latency", description=f"Measures one of:\n{lines}")
-    parser.add_argument("benchmark", choices=tuple(BENCHMARKS), metavar="kernels|train|latency")
+    parser.add_argument("benchmark", choices=tuple(BENCHMARKS), metavar="kernels|data|train|latency")
     rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the benchmark; its --help lists them")
     rest.required = False
 

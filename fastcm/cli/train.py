@@ -24,7 +24,8 @@ def add(subparsers) -> None:
         help="edm (diffusion teacher), cd, scd (distillation), ct, ict, sct (from data), ect (tuning); the preset's own by default",
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
-    parser.add_argument("--data", metavar="SRC", help="a folder of pictures (class = subfolder), an .npz, or digits")
+    parser.add_argument("--data", metavar="SRC", help="pictures: a folder, zip, .npz, CIFAR-10, tar shards, digits or emoji32 (docs/data.md)")
+    parser.add_argument("--labels-file", metavar="FILE", help="CSV or JSON of classes for --data; labels.csv beside the pictures is found")
     parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils")
     parser.add_argument("--init", metavar="MODEL", help="start from this model's weights")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder; runs/PRESET, or runs/PRESET-METHOD, by default")
@@ -113,8 +114,8 @@ def changes(args: argparse.Namespace) -> dict:
     fields = {
         "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "microbatch": args.microbatch, "seed": args.seed,
         "device": args.device, "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile,
-        "bad_images": args.bad_images, "lpips_weights": args.lpips_weights, "checkpoint_every_s": args.checkpoint_every,
-        "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
+        "bad_images": args.bad_images, "lpips_weights": args.lpips_weights, "labels_file": args.labels_file,
+        "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
     }  # fmt: skip
     for setting in args.settings:
         name, equals, value = setting.partition("=")

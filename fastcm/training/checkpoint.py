@@ -48,9 +48,9 @@ def save_checkpoint(folder: Path, *, step: int, parts: dict[str, dict[str, Tenso
     return final
 
 
-def check_room(folder: Path, parts: dict[str, dict[str, Tensor]]) -> None:
-    """RunError where the file system of `folder` has no room for a checkpoint of these parts."""
-    needed, free = size_of(parts), shutil.disk_usage(_existing(folder)).free
+def check_room(folder: Path, needed: int) -> None:
+    """RunError where the file system of `folder` has no room for a checkpoint of `needed` bytes."""
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise RunError(f"no room for a checkpoint in {folder}: needs {needed:,} bytes, {free:,} free. Free some, or choose another --out.")
 

@@ -170,6 +170,7 @@ class TrainConfig:
     teacher: str | None = None
     init: str | None = None
     lpips_weights: str | None = None
+    labels_file: str | None = None
     precision: str = "auto"
     device: str = "auto"
     compile: str = "auto"
@@ -226,6 +227,17 @@ class TrainConfig:
 
 def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tuple[str, ...]) -> TrainConfig:
     """Returns config with `changes`, whose keys are field names, dotted for the nested ones (`network.channels`)."""
+    _choice("--method", changes.get("method", config.method), METHODS)
+    try:
+        return _overridden(config, changes, network_fields)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # a list for a word, a word for a list
+        given = ", ".join(f"{name}={value}" for name, value in changes.items())
+        raise InputError(f"value of another kind in --set: {given} ({error}). Run fastcm train --dry-run for the defaults.") from None
+
+
+def _overridden(config: TrainConfig, changes: dict[str, Any], network_fields: tuple[str, ...]) -> TrainConfig:
     nested: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     sections = {"noise": Preconditioning, "objective": ObjectiveConfig, "optimizer": OptimizerConfig}

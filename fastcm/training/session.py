@@ -54,7 +54,7 @@ class Session:
         for note in self.folder.notes:
             print(f"fastcm: {note}", file=sys.stderr)
         if found is None:
-            check_room(self.folder.path, self.trainer.state()[0])
+            check_room(self.folder.path, self.trainer.checkpoint_bytes())
             if self.folder.read_log():
                 print(f"fastcm: no checkpoint in {self.folder.checkpoints}: from the beginning", file=sys.stderr)
             self.folder.cut_log(-1)
