@@ -20,7 +20,13 @@ def build(kind: str, options: dict) -> nn.Module:
         if name not in fields:
             remedy = nearest(name, fields) or f" The {kind} network has {', '.join(fields)}."
             raise InputError(f"unknown option in network.{name}: {options[name]!r}.{remedy}")
-    return network_class(config_class(**options))
+    try:
+        return network_class(config_class(**options))
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # text for a number, a size that no tensor has
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(f"network that cannot be built in network: {options} ({reason}). Correct its values.") from error
 
 
 def parameter_count(settings: dict) -> int:
