@@ -24,7 +24,7 @@ def add(subparsers) -> None:
         help="edm (diffusion teacher), cd, scd (distillation), ct, ict, sct (from data), ect (tuning); the preset's own by default",
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
-    parser.add_argument("--data", metavar="SRC", help="pictures: a folder, zip, .npz, CIFAR-10, tar shards, digits or emoji32 (docs/data.md)")
+    parser.add_argument("--data", metavar="SRC", help="pictures: a folder, zip, .npz, CIFAR-10, tar shards, digits, emoji32 (docs/data.md)")
     parser.add_argument("--labels-file", metavar="FILE", help="CSV or JSON of classes for --data; labels.csv beside the pictures is found")
     parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils")
     parser.add_argument("--init", metavar="MODEL", help="start from this model's weights")
