@@ -15,9 +15,12 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless=new", "--remote-debugging-port=0", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
+    "--headless=new", "--remote-debugging-port=0", "--no-sandbox", "--no-first-run", "--disable-extensions",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1120,800", "--hide-scrollbars",
 )  # fmt: skip
+
+# A graphics processor in software, for machines that have none.
+WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
 
 def executable() -> str | None:

@@ -142,37 +142,76 @@ def test_what_an_export_did_not_write_is_not_replaced(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(browser.executable() is None, reason="Chromium is not installed")
-@pytest.mark.skipif(runtime() is None, reason="npm's onnxruntime-web is not installed: npm install onnxruntime-web")
-def test_the_page_draws_pythons_images(tmp_path):
-    """Exported by the command, served by Python's static server, driven through its controls; then opened from disk."""
-    model, out = tmp_path / "model", tmp_path / "site"
+in_browser = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browser.executable() is None, reason="Chromium is not installed"),
+    pytest.mark.skipif(runtime() is None, reason="npm's onnxruntime-web is not installed: npm install onnxruntime-web"),
+]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """(page, generator): exported by the command, and the model that it was exported from."""
+    model, out = (tmp_path_factory.mktemp("web") / name for name in ("model", "site"))
     save_model(model, tiny_denoiser(), {"classes": ["ant", "bee", "cat"]})
     assert main(["export", str(model), "--web", str(out), "--runtime", str(runtime())]) == 0
-    generator = fastcm.load(model, device="cpu")
-    mask = np.zeros((8, 8), np.uint8)
-    mask[2:5, 1:7] = 255
-    levels = tuple(json.loads((out / "manifest.json").read_text())["graphs"]["inpaint"]["sigmas"])
-    kept = generator([-5], 2)[0]
-    found = asyncio.run(_driven(out, mask))
-    assert found["ready"] == ("WebAssembly, 2 threads" if os.cpu_count() == 2 else found["ready"]) and "thread" in found["ready"]
-    for (seed, label), pixels in found["images"].items():
-        assert_close(pixels, generator([seed], label)[0])
-    for end, seed in (("0", 1), ("1000", 2)):
-        assert_close(found["ways"][end], generator([seed], 2)[0])
-    middle = generator.interpolate([1, 2], 2, frames=3)[1]
-    assert_close(found["ways"]["500"], middle)
-    edited = generator.inpaint(kept, mask, [3], 2, sigmas=levels)[0]
-    assert_close(found["edit"], edited)
-    assert np.abs(found["edit"][mask == 0] - kept[mask == 0, 0].astype(int)).max() <= 1 and not np.array_equal(edited, kept)
-    assert found["wrong"] and found["ms"].endswith(" ms")
-    assert found["errors"] == [] and found["outside"] == []
-    assert found["disk"]
+    return out, fastcm.load(model, device="cpu")
+
+
+class TestInTheBrowser:
+    pytestmark = in_browser
+
+    def test_the_page_draws_pythons_images(self, site):
+        """Served by Python's static server, driven through its controls; then opened from disk."""
+        out, generator = site
+        mask = np.zeros((8, 8), np.uint8)
+        mask[2:5, 1:7] = 255
+        levels = tuple(json.loads((out / "manifest.json").read_text())["graphs"]["inpaint"]["sigmas"])
+        kept = generator([-5], 2)[0]
+        found = asyncio.run(_driven(out, mask))
+        assert found["ready"].startswith("WebAssembly, ") and "thread" in found["ready"]
+        assert found["isolated"]  # so that WebAssembly may use threads
+        for (seed, label), pixels in found["images"].items():
+            assert_close(pixels, generator([seed], label)[0])
+        for end, seed in (("0", 1), ("1000", 2)):
+            assert_close(found["ways"][end], generator([seed], 2)[0])
+        assert_close(found["ways"]["500"], generator.interpolate([1, 2], 2, frames=3)[1])
+        edited = generator.inpaint(kept, mask, [3], 2, sigmas=levels)[0]
+        assert_close(found["edit"], edited)
+        assert np.abs(found["edit"][mask == 0] - kept[mask == 0, 0].astype(int)).max() <= 1 and not np.array_equal(edited, kept)
+        assert found["wrong"] and found["ms"].endswith(" ms")
+        assert found["errors"] == [] and found["outside"] == []
+        assert found["disk"]
+
+    def test_webgpu_draws_pythons_images(self, site):
+        out, generator = site
+        found = asyncio.run(_drawn_by_webgpu(out))
+        if found is None:
+            pytest.skip("this Chromium has no WebGPU adapter")
+        assert found["ready"] == "WebGPU" and found["errors"] == []
+        for seed, label in ((5, 1), (-3, 0)):
+            assert_close(found["images"][seed, label], generator([seed], label)[0])
 
 
 def assert_close(pixels: np.ndarray, image: np.ndarray):
     assert image.std() > 5 and np.abs(pixels - image[..., 0].astype(int)).max() <= 1
+
+
+async def _drawn_by_webgpu(folder: Path) -> dict | None:
+    """Images of the page's model on a WebGPU adapter, None where there is none."""
+    found = {"images": {}}
+    with browser.static_server(folder) as address:
+        async with browser.opened(f"{address}/?provider=webgpu", *browser.WEBGPU) as page:
+            await page.until("Boolean(document.getElementById('status'))")
+            if not await page.evaluate("(async () => Boolean(navigator.gpu && (await navigator.gpu.requestAdapter())))()"):
+                return None
+            await page.until("window.fastcm && window.fastcm.ready")
+            found["ready"] = await page.evaluate("document.getElementById('status').textContent")
+            for seed, label in ((5, 1), (-3, 0)):
+                call = f"fastcm.model.generate({{ seed: '{seed}', label: {label} }}).then((result) => Array.from(result.pixels))"
+                found["images"][seed, label] = np.array(await page.evaluate(call)).reshape(8, 8, 4)[..., 0]
+            found["errors"] = page.errors
+    return found
 
 
 async def _driven(folder: Path, mask: np.ndarray) -> dict:
@@ -199,6 +238,7 @@ async def _driven(folder: Path, mask: np.ndarray) -> dict:
 
             await page.until("window.fastcm && window.fastcm.ready")
             found["ready"] = await page.evaluate("document.getElementById('status').textContent")
+            found["isolated"] = await page.evaluate("self.crossOriginIsolated")
             for seed, label in ((0, 0), (2**63 - 1, 1), (-5, 2)):
                 await enter("class", str(label))
                 await enter("seed", str(seed))

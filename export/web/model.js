@@ -32,7 +32,8 @@ export class Model {
   }
 
   async #open(graph) {
-    return this.ort.InferenceSession.create(new URL(graph.file, import.meta.url).href, { executionProviders: [this.provider], graphOptimizationLevel: "all" });
+    const options = { executionProviders: [this.provider], graphOptimizationLevel: "all", logSeverityLevel: 3 };
+    return this.ort.InferenceSession.create(new URL(graph.file, import.meta.url).href, options);
   }
 
   // The noise of a graph's steps for one seed, or between two seeds.
