@@ -8,6 +8,7 @@ import argparse
 import errno
 import importlib
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -82,6 +83,8 @@ def _module(command: str) -> ModuleType:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for input, 1 for run time, 130 after Ctrl-C. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
