@@ -165,7 +165,8 @@ def test_bad_paths_and_queries(server):
         answer = ask(server, method, path)
         assert answer[0] == status and json.loads(answer[1])["error"].count("\n") == 0, path
     assert ask(server, "GET", "/health")[:2] == (200, b'{"status": "ok"}\n')
-    assert json.loads(ask(server, "GET", "/")[1])["classes"] == CLASSES
+    about = json.loads(ask(server, "GET", "/")[1])
+    assert about["model"] == "model" and about["classes"] == CLASSES
 
 
 def test_a_chunked_body_is_measured_too(server):
@@ -253,6 +254,7 @@ def burdened(server: Served, rounds: int) -> float:
     return server.resident_mb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_end_finishes_what_was_accepted(model, generator, number):
     with served(model, "--max-batch", "2") as server:

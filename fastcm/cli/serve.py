@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from fastcm.errors import InputError
 
@@ -54,4 +55,4 @@ def run(args: argparse.Namespace) -> int:
     def ready(address: str) -> None:
         print(f"{args.model} at {address} ({generator.provider}, {generator.precision}; batches of {most} at most)", flush=True)
 
-    return 128 + serve(generator, name=str(args.model), host=args.host, port=args.port, limits=limits, ready=ready)
+    return 128 + serve(generator, name=Path(args.model).resolve().name, host=args.host, port=args.port, limits=limits, ready=ready)
