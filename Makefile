@@ -1,4 +1,4 @@
-# make demo | test | check | bench | methods | gallery    in .venv, which the first of them makes
+# make demo | test | check | bench | methods | gallery | faults | soak    in .venv, which the first of them makes
 # make gpu STAGE=test|kernels|latency|train PYTHON=python3    with the Python at hand: no venv, no network
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Rows go to $OUT where it is set (and stay there between calls, so that a stage goes on where it stopped).
 RESULTS = $${OUT:-benchmarks/results}
 
-.PHONY: help demo test check bench methods gallery gpu
+.PHONY: help demo test check bench methods gallery faults soak gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +52,14 @@ methods: $(VENV)/installed
 # The two small models and the pictures of docs/generation.md.
 gallery: $(VENV)/installed
 	$(BIN)/python -m fastcm.benchmarks.gallery
+
+# Injects the 25 faults with full counts and writes docs/reliability.md; goes on where it stopped (at one commit).
+faults: $(VENV)/installed
+	$(BIN)/python -m fastcm.benchmarks.faults --out docs/reliability.md
+
+# Half an hour of training, sampling, exporting and serving from many threads, with flat memory.
+soak: $(VENV)/installed
+	$(BIN)/python -m fastcm.benchmarks.soak --minutes 30
 
 # The installed layout as links, so that a Python in which nothing may be installed still finds fastcm.kernels.
 # PYTHONSAFEPATH keeps the checkout's own fastcm/, which lacks it, off the path; child processes inherit both.

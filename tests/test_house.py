@@ -18,7 +18,7 @@ SOURCES = sorted(path for folder in ("fastcm", *MAPPED) for path in (ROOT / fold
 PYTHON_FILES = [*SOURCES, ROOT / "setup.py", *sorted((ROOT / "tests").rglob("*.py"))]
 TEXT_FILES = [
     *PYTHON_FILES,
-    *(ROOT / name for name in ("pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", ".ci/run", ".gitignore")),
+    *(ROOT / name for name in ("pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "SECURITY.md", ".ci/run", ".gitignore")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks" / "results").rglob("*.json")),
 ]
