@@ -70,7 +70,10 @@ def run(capsys, *argv):
         (("info", "--sigma-max", "big"), "invalid value in --sigma-max: big. Expected a number."),
         (("info", "--steps"), "missing value in --steps: expected one argument. See fastcm info --help."),
         (("info", "--seeds", "x"), "invalid seeds in --seeds: x. Give numbers."),
-        (("bench", "kernel"), "unknown benchmark in fastcm bench: kernel. Choose from kernels, data, train, latency. Did you mean 'kernels'?"),
+        (
+            ("bench", "kernel"),
+            "unknown benchmark in fastcm bench: kernel. Choose from kernels, data, train, latency. Did you mean 'kernels'?",
+        ),
         (("bench",), "missing argument in fastcm bench: kernels|data|train|latency. See fastcm bench --help."),
     ],
 )

@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("kernels", "export", "benchmarks")
 SOURCES = sorted(path for folder in ("fastcm", *MAPPED) for path in (ROOT / folder).rglob("*.py"))
 PYTHON_FILES = [*SOURCES, ROOT / "setup.py", *sorted((ROOT / "tests").rglob("*.py"))]
+TOP_FILES = ("pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "SECURITY.md", ".ci/run", ".gitignore")
 TEXT_FILES = [
     *PYTHON_FILES,
-    *(ROOT / name for name in ("pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "SECURITY.md", ".ci/run", ".gitignore")),
+    *(ROOT / name for name in TOP_FILES),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks" / "results").rglob("*.json")),
 ]

@@ -1,5 +1,6 @@
 """The methods beyond the four of the paper's own family: they resume to the bit, start from what they should, and compile once."""
 
+import contextlib
 import functools
 
 import pytest
@@ -65,18 +66,20 @@ def test_ect_starts_from_a_teachers_weights_and_its_first_images_are_the_teacher
 def test_no_recompilation_after_the_first_steps(tmp_path, monkeypatch):
     """200 steps across changes of N, mu and the learning rate. The graph is captured as for Inductor, and run as it is."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    original, seen = Trainer.train_step, []
+    original, seen, warm = Trainer.train_step, [], contextlib.ExitStack()
 
     def step(self):
         if self.step == 2:
-            monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+            warm.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
         values = original(self)
         seen.append((values.steps, values.mu, values.lr))
         return values
 
     monkeypatch.setattr(Trainer, "train_step", step)
     options = {"objective.curriculum": "doubling", "objective.s0": 4, "objective.s1": 16, "compile": "on", "batch": 2}
-    small_run(tmp_path / "run", method="ct", kimg=0.4, **options, **{"network.channel_mult": (1,), "network.attention_resolutions": ()})
+    plain = {"network.channel_mult": (1,), "network.attention_resolutions": ()}
+    with warm:
+        small_run(tmp_path / "run", method="ct", kimg=0.4, **options, **plain)
     assert len(seen) == 200 and len({n for n, _, _ in seen}) == 3 and len({mu for _, mu, _ in seen}) == 3
     assert len({lr for _, _, lr in seen}) == 200
 
