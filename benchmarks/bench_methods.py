@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcm.benchmarks.bench_quality import put_table
 from fastcm.benchmarks.results_file import ResultsFile, Row
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, metavar="RESULTS", help="write the table of this file into docs/training.md, run nothing")
     args = parser.parse_args(argv)
     if args.docs is not None:
-        put_table(DOCS, json.loads(args.docs.read_text(encoding="utf-8")))
+        put_table(DOCS, table(json.loads(args.docs.read_text(encoding="utf-8"))), mark=MARK)
         return 0
     file = ResultsFile(args.json, identity=IDENTITY)
     cells = [cell for cell in CELLS if not args.only or cell.name in args.only]
@@ -123,16 +124,6 @@ def call(command: str) -> None:
     result = subprocess.run([sys.executable, "-m", *shlex.split(command)], env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"bench_methods: {command} ended with {result.returncode}: {result.stderr.strip().splitlines()[-1]}")
-
-
-def put_table(page: Path, results: dict) -> None:
-    """Replaces what stands between the two marks of the page by the table of the results."""
-    text = page.read_text(encoding="utf-8")
-    block = f"{MARK}\n{table(results)}\n{MARK}"
-    new, count = re.subn(f"{MARK}.*?{MARK}", lambda _: block, text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"bench_methods: {page} needs the mark {MARK} twice.")
-    page.write_text(new, encoding="utf-8")
 
 
 def table(results: dict) -> str:
