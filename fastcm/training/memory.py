@@ -27,8 +27,8 @@ from fastcm.training.method_loss import Guides
 from fastcm.training.run import build_network, resolve_precision, target_of
 from fastcm.training.schedule import step_values
 from fastcm.training.trainer import Trainer, piece
+from fastcm.weights.lpips_weights import TAP_CHANNELS
 
-VGG_WIDTHS = (64, 128, 256, 512, 512)  # of LPIPS' trunk, stage by stage
 # Buffers of the optimizer by the component that they belong to.
 COMPONENTS = {"weights": "weights", "target": "target", "exp_avg": "moments", "exp_avg_sq": "moments"}
 
@@ -122,11 +122,11 @@ def _feature_distance(config: TrainConfig) -> nn.Module | None:
     """The distance's network without its weights' values."""
     if config.objective.distance == "lpips":
         trunk, width_in = {}, 3
-        for indices, width in zip(STAGES, VGG_WIDTHS, strict=True):
+        for indices, width in zip(STAGES, TAP_CHANNELS, strict=True):
             for index in indices:
                 trunk |= {f"{index}.weight": torch.empty(width, width_in, 3, 3), f"{index}.bias": torch.empty(width)}
                 width_in = width
-        return LPIPS(trunk, [torch.empty(width) for width in VGG_WIDTHS])
+        return LPIPS(trunk, [torch.empty(width) for width in TAP_CHANNELS])
     if config.objective.distance == "classifier":
         network = config.network
         return ClassifierDistance(JudgeNetwork(network["in_channels"], min(network["resolution"], LARGEST_SIDE), network["num_classes"]))
