@@ -14,7 +14,7 @@ def add(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an .onnx, an OpenAI .pt or an EDM .pkl")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one, printed (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1, this one alone)")
-    parser.add_argument("--window-ms", type=float, default=2.0, metavar="MS", help="how long an image waits for others (default: 2)")
+    parser.add_argument("--window-ms", type=float, default=5.0, metavar="MS", help="how long an image waits for others (default: 5)")
     parser.add_argument("--max-batch", type=int, metavar="N", help=f"images drawn at once (default: what fits, {BATCH} at most)")
     parser.add_argument("--max-seeds", type=int, default=SEEDS, metavar="N", help=f"images of one request (default: {SEEDS})")
     parser.add_argument("--max-queue", type=int, default=QUEUE, metavar="N", help=f"images that may wait; beyond: 503 (default: {QUEUE})")

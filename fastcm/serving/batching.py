@@ -41,8 +41,9 @@ class Part(NamedTuple):
 class Batcher:
     """`await images(seeds, labels, how)`, while `run()` is a task of the same event loop.
 
-    A batch starts when max_batch images wait, when the oldest has waited for window_s, or when every client of clients() has a request
-    waiting, so that a client that is alone never waits for others. At most queue_images wait. `drawn(count)` is told of every batch.
+    A batch starts when max_batch images wait, when every client of clients() has a request waiting, so that a client that is alone never
+    waits for others, or when the oldest image has waited for window_s since the last batch ended: the clients that it served ask again
+    then. At most queue_images wait. `drawn(count)` is told of every batch.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Batcher:
     async def _gather(self) -> None:
         """Returns when a batch should start."""
         now = asyncio.get_running_loop().time
+        free = now()
         while not self._jobs:
             await self._next_arrival(None)
-        deadline = self._jobs[0].arrived + self.window_s
+        deadline = max(free, self._jobs[0].arrived) + self.window_s
         while self._jobs and not self._complete() and (left := deadline - now()) > 0:
             await self._next_arrival(left)
 
