@@ -38,7 +38,7 @@ ORT_ROWS = _rows(f"""
     {_MOVING}
     Add Sub Mul Div: {FLOATS} int32 int64
     AveragePool Conv ConvTranspose Gemm GlobalAveragePool InstanceNormalization LayerNormalization MatMul: {FLOATS}
-    Ceil Cos Erf Exp Floor Log Pow Reciprocal Round Sigmoid Sin Softmax Sqrt Sum Tanh: {FLOATS}
+    Ceil Cos DepthToSpace Erf Exp Floor Log Pow Reciprocal Round Sigmoid Sin Softmax Sqrt Sum Tanh: {FLOATS}
     Clip: {FLOATS} int64 uint8
     Equal Greater GreaterOrEqual Less LessOrEqual: {FLOATS} int32 int64 bool
     Max Min Neg: {FLOATS} int32 int64
@@ -65,7 +65,7 @@ TENSORRT_ROWS = _rows(f"""
     And Not Or: bool
     Add Sub Mul Div Max Min Neg Pow ReduceMean ReduceSum Pad: {FLOATS} int32 int64
     AveragePool Conv ConvTranspose Gemm GlobalAveragePool GroupNormalization InstanceNormalization LayerNormalization MatMul: {FLOATS}
-    Ceil Cos Erf Exp Floor Log Reciprocal Round Sigmoid Sin Softmax Sqrt Tanh: {FLOATS}
+    Ceil Cos DepthToSpace Erf Exp Floor Log Reciprocal Round Sigmoid Sin Softmax Sqrt Tanh: {FLOATS}
     Clip: {FLOATS}
     Equal Greater GreaterOrEqual Less LessOrEqual: {FLOATS} int32 int64 bool
     Resize: {FLOATS} int64

@@ -14,6 +14,7 @@ from fastcm.generation import editing
 from fastcm.generation.frozen import freeze
 from fastcm.generation.onnx_contract import GENERATE, INPAINT, SUPERRES, Contract
 from fastcm.generation.sampler import GivenNoise, Noise, SeedNoise, multistep
+from fastcm.networks.inference import for_inference
 
 # Example shapes of the export: torch.export takes 0 and 1 for constants of the program, so the examples have more rows.
 EXAMPLE_BATCH = 2
@@ -30,7 +31,9 @@ class Program(nn.Module):
 
     def __init__(self, denoiser: Denoiser, sigmas: Sequence[float], contract: Contract):
         super().__init__()
-        worker = copy.deepcopy(denoiser.network).half() if contract.precision == "fp16" else None
+        worker = for_inference(denoiser.network)
+        if contract.precision == "fp16":
+            worker = copy.deepcopy(worker).half()
         # Over many levels, a table per class and level would outweigh the network.
         folded = len(sigmas) == 1 or len(sigmas) * (contract.classes or 0) <= FOLDED_ROWS
         self.levels = nn.ModuleList(freeze(denoiser, s, classes=contract.classes, worker=worker, folded=folded) for s in sigmas)

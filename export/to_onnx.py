@@ -23,6 +23,8 @@ from fastcm.generation.request import chosen_sampler, noise_levels
 
 # A protobuf message ends at 2 GiB; beyond this the weights go to a file of their own.
 SINGLE_FILE_BYTES = 2**31 - 2**24
+# The largest constant that is computed from others at export: the attentions' weights, cut into those of q, k and v.
+FOLDED_ELEMENTS = 1 << 26
 # Noise levels of an edit where none are asked for. The paper's grid has 39, and each is a copy of the network's nodes.
 EDIT_STEPS = 4
 
@@ -114,7 +116,7 @@ def convert(program: Program, contract: Contract, *, target: Target, opset: int,
                 output_names=["images"],
                 dynamic_shapes=tuple({0: "batch"} for _ in inputs) if contract.batch is None else None,
                 opset_version=opset,
-                custom_translation_table=translations(opset, has_round="Round" in target.table.operators),
+                custom_translation_table=translations(opset, target.table.operators),
                 optimize=True,
                 external_data=False,
                 verbose=False,
@@ -156,9 +158,12 @@ def _plain(denoiser: Denoiser) -> Denoiser:
 
 def _clean(model, properties: dict[str, str]):
     """Sets the metadata properties and drops those of nodes and values, which hold stack traces with local paths."""
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+    from onnxscript.optimizer import fold_constants_ir
 
     model = ClearMetadataAndDocStringPass()(model).model
+    fold_constants_ir(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
+    RemoveUnusedNodesPass()(model)
     model.producer_name, model.producer_version = "fastcm", properties["fastcm.version"].strip('"')
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()

@@ -1,6 +1,6 @@
 """ONNX forms of some operators, shorter than torch's own: fixed shapes are written down, only the batch stays open."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 
@@ -8,9 +8,10 @@ import torch
 LAST_WITHOUT_GROUP_NORM = 20
 
 
-def translations(opset: int, *, has_round: bool = True) -> dict[object, Callable]:
-    """The custom_translation_table of torch.onnx.export for graphs of `opset`. has_round: whether the runtime has an operator Round."""
+def translations(opset: int, operators: Container[str]) -> dict[object, Callable]:
+    """The custom_translation_table of torch.onnx.export for graphs of `opset`. operators: those that the runtime has."""
     from onnxscript import opset18 as op
+    from onnxscript import opset21
 
     def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
         channels, *pixels = (int(size) for size in x.shape[1:])
@@ -18,8 +19,16 @@ def translations(opset: int, *, has_round: bool = True) -> dict[object, Callable
         groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
         # In a Reshape, 0 copies a dimension: the batch keeps its name.
         norm = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Constant(value_ints=[0, channels, *pixels]))
+        if weight is None:
+            return norm
         per_channel = op.Constant(value_ints=[1, channels, *[1] * len(pixels)])
         return op.Add(op.Mul(norm, op.Reshape(weight, per_channel)), op.Reshape(bias, per_channel))
+
+    def plain_group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+        channels = int(x.shape[1])
+        if weight is None:
+            weight, bias = (op.CastLike(op.Constant(value_floats=[value] * channels), x) for value in (1.0, 0.0))
+        return opset21.GroupNormalization(x, weight, bias, epsilon=eps, num_groups=num_groups)
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         if attn_mask is not None or is_causal or enable_gqa:
@@ -34,14 +43,22 @@ def translations(opset: int, *, has_round: bool = True) -> dict[object, Callable
     def unbind(x, dim=0):
         return tuple(op.Gather(x, op.Constant(value_int=index), axis=dim) for index in range(int(x.shape[dim])))
 
+    def pixel_shuffle(x, upscale_factor):
+        channels, height, width = (int(size) for size in x.shape[1:])
+        r = upscale_factor
+        parts = op.Reshape(x, op.Constant(value_ints=[0, channels // r**2, r, r, height, width]))
+        woven = op.Transpose(parts, perm=[0, 1, 4, 2, 5, 3])
+        return op.Reshape(woven, op.Constant(value_ints=[0, channels // r**2, height * r, width * r]))
+
     def round_half_up(x):
         # A value next to a half may round to either side, as everywhere between runtimes.
         return op.Floor(op.Add(x, op.CastLike(op.Constant(value_float=0.5), x)))
 
     aten = torch.ops.aten
     table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
-    if not has_round:
+    if "Round" not in operators:
         table[aten.round.default] = round_half_up
-    if opset <= LAST_WITHOUT_GROUP_NORM:
-        table[aten.group_norm.default] = group_norm
+    if "DepthToSpace" not in operators:
+        table[aten.pixel_shuffle.default] = pixel_shuffle
+    table[aten.group_norm.default] = group_norm if opset <= LAST_WITHOUT_GROUP_NORM else plain_group_norm
     return table

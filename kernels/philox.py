@@ -10,6 +10,7 @@ These numbers are public: ONNX graphs and other languages reproduce them. Writes
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 # The CPU works in blocks of this many counters, whose temporaries fit a third-level cache.
 _CPU_COUNTERS = 1 << 17
+_NUMPY_COUNTERS = 1 << 13
 
 
 def philox_words(seed: Tensor, position: Tensor, counters: Tensor, *, stream: int) -> Tensor:
@@ -73,18 +75,31 @@ def uniform_field_reference(seed: Tensor, position: Tensor, shape: Sequence[int]
 
 def _rounds(seed: Tensor, position: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten Philox rounds on int64 tensors that broadcast. Words 0 and 2 are returned masked to 32 bits, words 1 and 3 with high garbage."""
-    rounds = torch.arange(10, dtype=torch.int64, device=seed.device)
-    keys_0 = (((seed & _MASK)[..., None] + rounds * _KEY_A) & _MASK).unbind(-1)
-    keys_1 = ((((seed >> 32) & _MASK)[..., None] + rounds * _KEY_B) & _MASK).unbind(-1)
-    words = torch.broadcast_tensors(counter, position & _MASK, (position >> 32) & _MASK, torch.full_like(counter, stream), seed)[:4]
-    c0, c1, c2, c3 = (word.clone(memory_format=torch.contiguous_format) for word in words)
-    for k0, k1 in zip(keys_0, keys_1, strict=True):
-        # In place: fresh memory costs the CPU more than the arithmetic. The products overflow int64 into its sign; every bit is right,
-        # and the mask after the shift drops the copies of the sign.
-        p0, p2 = c0.mul_(_ROUND_A), c2.mul_(_ROUND_B)
-        c0 = c1.bitwise_xor_(p2 >> 32).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = c3.bitwise_xor_(p0 >> 32).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = p2, p0
+    # A call of numpy costs less than one of torch, which for few counters is most of the time; torch has threads, and can be traced.
+    few = seed.is_cpu and type(seed) is Tensor and seed.numel() * counter.numel() <= _NUMPY_COUNTERS
+    if few and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+        words = _mixed(seed.numpy(), position.numpy(), counter.numpy(), stream, np.arange(10))
+        return tuple(torch.from_numpy(word) for word in words)
+    return _mixed(seed, position, counter, stream, torch.arange(10, dtype=torch.int64, device=seed.device))
+
+
+def _mixed(seed, position, counter, stream, rounds):
+    """The rounds on arrays of torch or of numpy, in place: fresh memory costs the CPU more than the arithmetic."""
+    zero = 0 * (seed + position + counter)
+    c0, c1, c2, c3 = zero + counter, zero + (position & _MASK), zero + ((position >> 32) & _MASK), zero + stream
+    seed = seed[..., None]
+    keys_0, keys_1 = ((seed & _MASK) + rounds * _KEY_A) & _MASK, (((seed >> 32) & _MASK) + rounds * _KEY_B) & _MASK
+    for i in range(10):
+        c0 *= _ROUND_A
+        c2 *= _ROUND_B
+        # The products overflow int64 into its sign; every bit is right, and the mask after the shift drops the copies of the sign.
+        c1 ^= c2 >> 32
+        c1 ^= keys_0[..., i]
+        c1 &= _MASK
+        c3 ^= c0 >> 32
+        c3 ^= keys_1[..., i]
+        c3 &= _MASK
+        c0, c1, c2, c3 = c1, c2, c3, c0
     return c0, c1, c2, c3
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from fastcm.export.program import build
 from fastcm.export.targets import TARGETS
 from fastcm.export.to_onnx import export_onnx
 from fastcm.generation.onnx_contract import TOLERANCE, Contract
+from fastcm.networks.blocks import Attention, GroupNorm, ScaleShift
 
 PLAIN = Contract(1, 1, 8, 3)
 
@@ -82,10 +84,28 @@ def test_no_embedding_is_left(form):
     left = {"Sin", "Cos"} if form == "seeded" else set()  # of its Box-Muller transform
     assert operators(form) & {"Sin", "Cos", "Gemm", "Exp"} == left
     assert not [name for name in (*(i.name for i in model.graph.initializer), *(n.name for n in model.graph.node)) if "embed" in name]
+    tables = [dims for shapes in floats(form).values() for dims in shapes if len(dims) == 4 and dims[0] == 4 and dims[2:] == (1, 1)]
+    assert len(tables) == done.contract.steps  # three classes and none
+    widths = [2 * layer.out_features for layer in tiny_denoiser().network.modules() if isinstance(layer, ScaleShift)]
+    assert {dims[1] for dims in tables} == {sum(widths) // 2}
     matrices = [dims for shapes in floats(form).values() for dims in shapes if len(dims) == 2]
-    blocks = sum(name.endswith("emb_layers.1") for name, _ in tiny_denoiser().network.named_modules())
-    assert sum(dims[0] == 4 for dims in matrices) == blocks * done.contract.steps  # three classes and none
-    assert not any(4 * TINY["channels"] in dims for dims in matrices if dims[0] != 4)  # the width of the embedding
+    assert not any(4 * TINY["channels"] in dims for dims in matrices)  # the width of the embedding
+
+
+@pytest.mark.slow
+def test_nothing_constant_is_computed_and_nothing_is_moved_twice():
+    """One row of the table per image, cut into the norms' pieces; per norm one product and one sum, per attention one transposition of q
+    and one of its weights, which runtimes take into the products."""
+    model = onnx.load(exported("plain").path)
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["Gather"] == counts["Split"] == 1 and not counts["Unsqueeze"] and not counts["Expand"]
+    attentions = sum(isinstance(layer, Attention) for layer in tiny_denoiser().network.modules())
+    assert attentions and counts["Transpose"] == 2 * attentions and counts["MatMul"] == 6 * attentions
+    constants = {tensor.name for tensor in model.graph.initializer}
+    assert not [node.name for node in model.graph.node if all(name in constants for name in node.input if name)]
+    norms = sum(isinstance(layer, GroupNorm) for layer in tiny_denoiser().network.modules())
+    # Besides: the activations' x sigmoid(x), the scalings of noise, input, skip and output; attentions' norms are part of their products.
+    assert counts["Mul"] == (norms - attentions) + counts["Sigmoid"] + 4
 
 
 @pytest.mark.slow
@@ -115,7 +135,8 @@ def test_the_table_of_errors():
     assert [row.batch for row in exported("batch").comparisons] == [3]
     for form in FORMS:
         assert exported(form).variation > parity.VARIATION  # the images depend on the noise, so agreement means something
-    assert all(row.mean_error < 0.02 for form in ("superres", "tensorrt") for row in exported(form).comparisons)  # rounded, not cut off
+    # Rounded, not cut off, which would be half a level.
+    assert all(row.mean_error < 0.05 for form in ("superres", "tensorrt") for row in exported(form).comparisons)
     lines = parity.table(done.comparisons, done.contract.tolerance)
     assert len(lines) == 5 and lines[1].split()[:2] == ["1", "8"]
 
@@ -195,7 +216,7 @@ def test_a_wrong_class_is_caught(tmp_path, monkeypatch, label):
     """One row of one table is wrong: the check visits the first class and the last."""
 
     def spoil(graph):
-        table = next(tensor for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.dims[0] == 4)
+        table = next(tensor for tensor in graph.initializer if tensor.dims[:1] == [4] and tensor.dims[2:] == [1, 1])
         values = onnx.numpy_helper.to_array(table).copy()
         values[label] += 0.5
         table.raw_data = values.tobytes()
@@ -298,7 +319,7 @@ def test_many_classes_and_levels_keep_the_embedding():
     assert sum(p.numel() for p in program.state_dict().values()) < 10 * sum(p.numel() for p in denoiser.network.state_dict().values())
     inputs = parity.check_inputs(contract)
     folded = build(tiny_denoiser(classes=1500), sigmas[:1], contract._replace(steps=1))
-    assert any(name.endswith("table") for name in folded.state_dict()) and not any(n.endswith("table") for n in program.state_dict())
+    assert any(name.endswith("table.rows") for name in folded.state_dict()) and not any(n.endswith("rows") for n in program.state_dict())
     one = build(denoiser, sigmas[:1], contract._replace(steps=1))
     with torch.no_grad():
         torch.testing.assert_close(one(inputs["noise"][:, 0], inputs["labels"]), folded(inputs["noise"][:, 0], inputs["labels"]))

@@ -19,6 +19,7 @@ from torch import nn
 
 from fastcm import api, cli
 from fastcm.errors import InputError, RunError
+from fastcm.export.operators import ORT_CPU
 from fastcm.export.quiet import quiet
 from fastcm.export.translations import translations
 from fastcm.generation import onnx_binding
@@ -86,7 +87,7 @@ def test_words_in_a_graph_are_the_streams(tmp_path):
     seeds = torch.tensor([0, -1, 2**63 - 1, -(2**63), 12345])
     with quiet(), torch.no_grad():
         program = torch.export.export(Words(), (seeds[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-        table = translations(18)
+        table = translations(18, ORT_CPU.operators)
         done = torch.onnx.export(program, dynamo=True, dynamic_shapes=({0: "batch"},), opset_version=18, custom_translation_table=table)
     done.save(tmp_path / "words.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "words.onnx", providers=["CPUExecutionProvider"])

@@ -51,7 +51,7 @@ class GroupNorm(nn.Module):
         return F.silu(x) if self.silu else x
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, groups={self.groups}, eps={self.eps}, silu={self.silu}"
+        return f"groups={self.groups}, eps={self.eps}, silu={self.silu}"
 
 
 def noise_angles(c_noise: torch.Tensor, channels: int, *, endpoint: bool = False) -> torch.Tensor:
@@ -76,6 +76,20 @@ def one_hot(labels: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Ten
     return (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
 
 
+class ScaleShift(nn.Linear):
+    """The embedding as scale and shift of a norm. h [B, C, H, W], emb [B, in_features] -> norm(h), scaled and shifted, of h's shape."""
+
+    def forward(self, h, emb, norm: "GroupNorm"):
+        return norm(h, *super().forward(emb).chunk(2, dim=1))
+
+
+class Addend(nn.Linear):
+    """The embedding added to the input of a norm. h [B, C, H, W], emb [B, in_features] -> norm(h + addend), of h's shape."""
+
+    def forward(self, h, emb, norm: "GroupNorm"):
+        return norm(h + super().forward(emb)[:, :, None, None])
+
+
 class ClassEmbedding(nn.Module):
     """one_hot(labels) @ weight. An index lookup has a backward that is not reproducible when compiled on CPU; a product has."""
 
@@ -97,6 +111,17 @@ def upsample(x):
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
+class Resampled(nn.Module):
+    """`downsample`, `upsample` or None, which leaves x alone, as a layer."""
+
+    def __init__(self, resample):
+        super().__init__()
+        self.resample = resample
+
+    def forward(self, x):
+        return x if self.resample is None else self.resample(x)
+
+
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v over [B, heads, pixels, d]; written out under forward-mode AD, which fused attention lacks."""
     if not forward_mode_active():
@@ -104,8 +129,10 @@ def attend(q, k, v):
     return torch.softmax(q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5), dim=-1) @ v
 
 
-def self_attention(x, qkv: nn.Conv2d, proj: nn.Conv2d, heads: int):
+def self_attention(x, qkv: nn.Module, proj: nn.Module, heads: int):
     """proj(attend(qkv(x))) over all pixels of x [B, C, H, W]. The 3C channels of qkv are (3, heads, d)."""
+    if torch.compiler.is_exporting():
+        return _self_attention_of_planes(x, qkv, proj, heads)
     batch, channels, height, width = x.shape
     # Pixels before channels, and 1x1 convolutions as products: what the fused attentions want, and free for a channels-last x.
     pixels = x.flatten(2).transpose(1, 2)
@@ -113,6 +140,23 @@ def self_attention(x, qkv: nn.Conv2d, proj: nn.Conv2d, heads: int):
     h = attend(*parts.transpose(1, 3).unbind(2)).transpose(1, 2).reshape(batch, height * width, channels)
     h = F.linear(h, proj.weight.flatten(1), proj.bias)
     return h.transpose(1, 2).view(batch, channels, height, width)
+
+
+def _self_attention_of_planes(x, qkv, proj, heads):
+    """The same for graphs: channels stay before pixels, so that runtimes find nothing to transpose outside of their products.
+
+    The bias of k moves all weights of a query alike, which softmax does not see; that of v passes through, the weights' sum being one.
+    """
+    batch, channels, height, width = x.shape
+    planes = x.flatten(2)
+    weight, bias = qkv.weight.flatten(1), qkv.bias[:, None]
+    weights = [weight[i * channels : (i + 1) * channels] for i in range(3)]
+    scale = (channels // heads) ** -0.5  # on q, so that half precision does not overflow
+    products = (scale * weights[0]) @ planes + scale * bias[:channels], weights[1] @ planes, weights[2] @ planes
+    q, k, v = (h.view(batch, heads, channels // heads, height * width) for h in products)
+    h = (v @ torch.softmax(q.transpose(-2, -1) @ k, dim=-1).transpose(-2, -1)).view(batch, channels, height * width)
+    weight = proj.weight.flatten(1)
+    return (weight @ h + (proj.bias[:, None] + weight @ bias[-channels:])).view(batch, channels, height, width)
 
 
 class Attention(nn.Module):
@@ -136,17 +180,20 @@ class ResBlock(nn.Module):
     `resample` is None, downsample or upsample, applied on both branches.
     """
 
+    # The layer that reads the embedding, between the convolution that makes its h and the norm that it changes.
+    EMBEDDED = ("in_layers.2", "emb_layers.1", "out_layers.0")
+
     def __init__(
         self, in_channels: int, out_channels: int, *, emb_channels: int, dropout=0.0, scale_shift_norm=True, resample=None, groups=None
     ):
         super().__init__()
-        self.scale_shift_norm = scale_shift_norm
         self.resample = resample
         # The places of parameterless layers are kept so that state-dict keys are ADM's: in_layers.{0,2}, emb_layers.1, out_layers.{0,3}.
         self.in_layers = nn.Sequential(
-            GroupNorm(in_channels, groups=groups), nn.Identity(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm(in_channels, groups=groups), Resampled(resample), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, out_channels * (2 if scale_shift_norm else 1)))
+        layer = ScaleShift(emb_channels, 2 * out_channels) if scale_shift_norm else Addend(emb_channels, out_channels)
+        self.emb_layers = nn.Sequential(nn.Identity(), layer)
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels, groups=groups),
             nn.Identity(),
@@ -156,14 +203,9 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, emb):
-        h = self.in_layers[0](x)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.in_layers[2](h)
-        emb = self.emb_layers[1](emb)
         norm, _, dropout, conv = self.out_layers
-        h = norm(h, *emb.chunk(2, dim=1)) if self.scale_shift_norm else norm(h + emb[:, :, None, None])
-        return self.skip_connection(x) + conv(dropout(h))
+        h = self.emb_layers[1](self.in_layers(x), emb, norm)
+        return self.skip_connection(x if self.resample is None else self.resample(x)) + conv(dropout(h))
 
 
 class Downsample(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastcm.errors import InputError
 from fastcm.networks import dropout
-from fastcm.networks.blocks import GroupNorm, noise_angles, one_hot, runner, self_attention
+from fastcm.networks.blocks import Addend, GroupNorm, noise_angles, one_hot, runner, self_attention
 from fastcm.networks.checks import require, require_choice, require_counts, require_dropout, require_levels
 from fastcm.networks.resample import Resample, ResampleConv
 
@@ -65,9 +65,9 @@ class SongUNetConfig:
         return tuple(int(self.channels * mult) for mult in self.channel_mult)
 
 
-def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+def linear(in_features: int, out_features: int, *, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A linear layer with Glorot-uniform weights and zero bias."""
-    layer = nn.Linear(in_features, out_features, bias=bias)
+    layer = kind(in_features, out_features, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -80,12 +80,14 @@ class SongBlock(nn.Module):
     x [B, in_channels, H, W], emb [B, emb_channels] with its SiLU applied -> [B, out_channels, H', W'].
     """
 
+    EMBEDDED = ("conv0", "affine", "norm1")  # as ResBlock's
+
     def __init__(self, in_channels: int, out_channels: int, config: SongUNetConfig, *, direction=None, attention=False):
         super().__init__()
         taps = config.resample_filter
         self.norm0 = GroupNorm(in_channels, eps=NORM_EPS)
         self.conv0 = ResampleConv(in_channels, out_channels, 3, direction=direction, taps=taps)
-        self.affine = linear(config.channels * config.channel_mult_emb, out_channels)
+        self.affine = linear(config.channels * config.channel_mult_emb, out_channels, kind=Addend)
         self.norm1 = GroupNorm(out_channels, eps=NORM_EPS)
         self.dropout = dropout.Dropout(config.dropout)
         self.conv1 = ResampleConv(out_channels, out_channels, 3, gain=1e-5)
@@ -98,8 +100,7 @@ class SongBlock(nn.Module):
             self.proj = ResampleConv(out_channels, out_channels, 1, gain=1e-5)
 
     def forward(self, x, emb):
-        h = self.conv0(self.norm0(x))
-        h = self.norm1(h + self.affine(emb)[:, :, None, None])
+        h = self.affine(self.conv0(self.norm0(x)), emb, self.norm1)
         h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * RESIDUAL_SCALE
         if self.attention:
