@@ -70,7 +70,7 @@ def randomise(network: nn.Module) -> nn.Module:
 
 def _digits() -> Model:
     options = dict(presets.digits().network)
-    return Model("digits", options.pop("kind"), options, (1, 4, 16, 64), train_batches={"cpu": (64,), "cuda": (64, 512)})
+    return Model("digits", options.pop("kind"), options, (1, 4, 16, 64), train_batches={"cpu": (64, 128), "cuda": (64, 512)})
 
 
 MODELS = {
@@ -84,12 +84,12 @@ MODELS = {
                 "resolution": 32, "channels": 64, "channel_mult": (1, 2, 2), "blocks": 2, "attention_resolutions": (16, 8),
                 "num_classes": 10,
             },
-            (1, 4, 16), train_batches={"cpu": (16,), "cuda": (128, 512)},
+            (1, 4, 16), train_batches={"cpu": (8,), "cuda": (128, 512)},
         ),
         # EDM's DDPM++ for CIFAR-10 (Karras et al. 2022, Table 7), 55.7 M.
-        Model("cifar10", "song", {"resolution": 32}, (1, 4), train_batches={"cuda": (128, 512)}),
+        Model("cifar10", "song", {"resolution": 32}, (1, 4), train_batches={"cpu": (2,), "cuda": (128, 512)}),
         # The published consistency models: ImageNet 64x64, 295.9 M, and LSUN 256x256, 526.3 M (Song et al. 2023, Table 3).
-        Model("imagenet64", "adm", {"resolution": 64, "num_classes": 1000}, train_batches={"cuda": (32, 128)}, in_onnx=False),
+        Model("imagenet64", "adm", {"resolution": 64, "num_classes": 1000}, train_batches={"cpu": (1,), "cuda": (32, 128)}, in_onnx=False),
         Model(
             "lsun256", "adm",
             {"resolution": 256, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2, "scale_shift_norm": False},
@@ -97,6 +97,11 @@ MODELS = {
         ),
     )
 }  # fmt: skip
+
+
+def parameters(model: Model) -> int:
+    """The number of weights; none is allocated."""
+    return networks.parameter_count({"kind": model.kind, **model.options})
 
 
 def forward_flops(model: Model) -> int:

@@ -70,7 +70,8 @@ def split_step(step: Callable[[], object], clock: Clock, *, steps: int) -> dict[
 def marked(trainer: Trainer, clock: Clock) -> Iterator[None]:
     """Within, the trainer's own step marks its phases: the end of the call named, with all that led to it since the last mark.
 
-    What the step does before it asks for images (its scalars, zeroing the gradient) belongs to the optimizer.
+    What the step does before it asks for images (its scalars) belongs to the optimizer, and so does zeroing the gradient.
+    Recorded steps have no calls to mark: within, steps are plain.
     """
 
     def before(call, phase):
@@ -95,10 +96,12 @@ def marked(trainer: Trainer, clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         for network in {id(network): network for network in (trainer.student.network, trainer.target.network)}.values():
             stack.enter_context(mock.patch.object(network, "forward", after(network.forward, network_phase)))
+        stack.enter_context(mock.patch.object(trainer.work, "graphs", None))
         for owner, name, call in (
             (trainer, "next_batch", before(after(trainer.next_batch, "data"), "optimizer")),
             (kernels, "perturb", after(kernels.perturb, "perturb")),
             (kernels, "distance", after(kernels.distance, "distance")),
+            (optimizer, "zero_grad", after(optimizer.zero_grad, "optimizer")),
             (optimizer, "gradient_norm", before(optimizer.gradient_norm, "backward")),
             (trainer, "train_step", after(trainer.train_step, "optimizer")),
         ):

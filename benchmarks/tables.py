@@ -1,4 +1,7 @@
-"""`python -m fastcm.benchmarks.tables`: writes the tables of docs/kernels.md, and with --auto that of kernels/launch.py, from results/."""
+"""`python -m fastcm.benchmarks.tables`: writes the tables of docs/kernels.md and those of training speed from results/.
+
+With --auto also that of kernels/launch.py.
+"""
 
 import argparse
 import json
@@ -6,10 +9,13 @@ import re
 import sys
 from pathlib import Path
 
+from fastcm.benchmarks import train_picture, train_tables
 from fastcm.benchmarks.results_file import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "kernels.md"
+TRAINING_PAGES = (ROOT / "README.md", ROOT / "docs" / "training-speed.md", ROOT / "docs" / "long-runs.md")
 LAUNCH = Path(__file__).resolve().parent.parent / "kernels" / "launch.py"
 # A kernel that is slower than its compiled reference by less than this is not slower: two runs of one kernel differ by as much.
 NOISE = 1.02
@@ -21,12 +27,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is not what the results say")
     args = parser.parse_args(argv)
     texts = {DOCS: documented(DOCS.read_text(encoding="utf-8"))}
+    texts |= {page: with_training(page.read_text(encoding="utf-8")) for page in TRAINING_PAGES}
     if args.auto:
         texts[LAUNCH] = with_auto_table(LAUNCH.read_text(encoding="utf-8"))
     stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
     for path in stale:
         if not args.check:
             path.write_text(texts[path], encoding="utf-8")
+    content = drawn()
+    if content is not None and not train_picture.is_current(content):
+        stale.append(train_picture.PICTURE)
+        if not args.check:
+            train_picture.write(content)
+    for path in stale:
         print(f"{path.name}: {'is not what the results say' if args.check else 'written'}")
     return 1 if stale and args.check else 0
 
@@ -36,6 +49,16 @@ def latest(pattern: str, *, on_gpu: bool | None = None) -> dict | None:
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
     contents = [content for content in contents if on_gpu is None or (content["machine"]["gpu"] is not None) == on_gpu]
     return max(contents, key=lambda content: content["machine"]["date"], default=None)
+
+
+def with_training(text: str) -> str:
+    """Returns the page with its tables of training speed replaced by what the latest results say."""
+    return train_tables.with_sections(text, train_tables.sections(latest("train*.json", on_gpu=False), latest("train*.json", on_gpu=True)))
+
+
+def drawn() -> dict | None:
+    """The results that docs/training-speed.png shows: a GPU's where there are some."""
+    return latest("train*.json", on_gpu=True) or latest("train*.json", on_gpu=False)
 
 
 def documented(text: str) -> str:

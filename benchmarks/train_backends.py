@@ -14,8 +14,10 @@ from fastcm import presets
 from fastcm.benchmarks.models import Model
 from fastcm.benchmarks.published_step import PublishedStep
 from fastcm.benchmarks.step_split import Clock, marked, split_step
+from fastcm.training.captured_step import WARM_UP
 from fastcm.training.config import OptimizerConfig, TrainConfig
 from fastcm.training.data import Dataset, open_dataset
+from fastcm.training.parallel import Processes
 from fastcm.training.run import resolve_compile, resolve_precision
 from fastcm.training.trainer import Trainer
 
@@ -33,6 +35,7 @@ class Job:
     device: torch.device
     precision: str
     baseline_precision: str
+    processes: Processes | None = None  # that train together, each with its share of the batch; None: this one alone
 
     def precision_of(self, name: str) -> str:
         """fastcm as its users get it; the published code bf16 on CUDA, by autocast, and fp32 on a CPU unless asked otherwise."""
@@ -68,7 +71,9 @@ class Backend:
 
 
 def dataset(model: Model) -> Dataset:
-    return open_dataset("digits") if model.name == "digits" else random_pictures(model.resolution, model.channels, model.classes)
+    if model.name == "digits" and model.resolution == 8:
+        return open_dataset("digits")
+    return random_pictures(model.resolution, model.channels, model.classes)
 
 
 @cache
@@ -79,18 +84,24 @@ def random_pictures(resolution: int, channels: int, classes: int | None) -> Data
     return open_dataset((images, np.arange(count) % classes) if classes else images)
 
 
-def build(name: str, job: Job) -> Backend:
-    """The backend after three steps. On CUDA peak_bytes is what it takes at most, weights and activations, beside what was there before."""
+def build(name: str, job: Job, *, compiled: bool | None = None) -> Backend:
+    """The backend after its first steps: three, or on CUDA as many as come before a recording, and one from it.
+
+    compiled: instead of what the name says. On CUDA peak_bytes is what it takes at most, weights and activations, beside what was there
+    before. Raises OutOfMemoryError where the batch did not fit in one pass.
+    """
     network, cuda = job.model.network(), job.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     began = time.perf_counter()
-    backend = (_trainer if name.startswith("fastcm") else _published)(name, job, network)
+    if compiled is None:
+        compiled = name in ("compile", "fastcm_compile") or (name == "fastcm" and resolve_compile("auto", job.device))
+    backend = (_trainer if name.startswith("fastcm") else _published)(name, job, network, compiled)
     backend.step()
     synchronize(job.device)
     startup_s = time.perf_counter() - began
     if cuda:  # compilation may take more memory than any step
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
+    for _ in range(WARM_UP + 1 if cuda else 2):
         backend.step()
     synchronize(job.device)
     if not np.isfinite(backend.loss()):
@@ -104,19 +115,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _trainer(name: str, job: Job, network: torch.nn.Module) -> Backend:
-    compiled = name == "fastcm_compile" or resolve_compile("auto", job.device)
+def _trainer(name: str, job: Job, network: torch.nn.Module, compiled: bool) -> Backend:
     network = network.to(job.device).train()
     trainer = Trainer(
         job.config(), network, copy.deepcopy(network).requires_grad_(False), dataset(job.model),
-        device=job.device, precision=job.precision_of(name), compiled=compiled,
+        device=job.device, precision=job.precision_of(name), compiled=compiled, processes=job.processes,
     )  # fmt: skip
-    return Backend(lambda: trainer.train_step(), lambda: float(trainer.loss), lambda clock: marked(trainer, clock))
+
+    def loss() -> float:
+        if trainer.microbatch < trainer.share:  # the trainer helps itself; a benchmark is of whole batches
+            raise torch.OutOfMemoryError(f"out of memory with {trainer.share} images in one pass")
+        return float(trainer.loss)
+
+    return Backend(lambda: trainer.train_step(), loss, lambda clock: marked(trainer, clock))
 
 
-def _published(name: str, job: Job, network: torch.nn.Module) -> Backend:
+def _published(name: str, job: Job, network: torch.nn.Module, compiled: bool) -> Backend:
     published = PublishedStep(
-        job.config(), network, dataset(job.model), device=job.device, precision=job.precision_of(name), compiled=name == "compile"
+        job.config(), network, dataset(job.model), device=job.device, precision=job.precision_of(name), compiled=compiled
     )
 
     def marks(clock: Clock) -> AbstractContextManager:

@@ -158,7 +158,11 @@ def test_defaults_by_device():
     assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "compile"]
     assert {latency_backends.precision_of(name, on_gpu) for name in ("eager", "diffusers", "fastcm", "compile")} == {"bf16"}
     assert bench_train.default_models(gpu, False) == list(MODELS) and bench_train.default_models(CPU, True) == ["digits"]
-    assert bench_train.default_backends(gpu, False) == ["published_step", "fastcm", "compile"]
+    digits, larger = MODELS["digits"], MODELS["cifar10"]
+    assert bench_train.default_backends(larger, 128, gpu, False) == ["published_step", "fastcm", "compile"]
+    assert bench_train.default_backends(larger, 2, CPU, False) == ["published_step", "fastcm"]
+    assert bench_train.default_backends(digits, 64, CPU, False) == ["published_step", "fastcm", "fastcm_compile", "compile"]
+    assert bench_train.default_backends(digits, 64, CPU, True) == ["published_step", "fastcm", "compile"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_compiled_competitors(tmp_path, monkeypatch):
     out = tmp_path / "out.json"
     shared = ["--model", "digits", "--seconds", "0.1", "--device", "cpu", "--json", str(out)]
     assert bench_latency.main([*shared, "--batch", "1", "--backend", "eager,compile"]) == 0
-    assert bench_train.main([*shared, "--backend", "published_step,compile,fastcm_compile"]) == 0
+    assert bench_train.main([*shared, "--op", "step", "--backend", "published_step,compile,fastcm_compile"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["bench"], row["backend"]) for row in rows] == [
         ("latency", "eager"), ("latency", "compile"), ("train", "published_step"), ("train", "compile"), ("train", "fastcm_compile"),

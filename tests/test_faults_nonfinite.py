@@ -24,8 +24,8 @@ def poison(monkeypatch, place, value, steps):
         now[:] = [self.step in steps]
         return original(self)
 
-    def bad_losses(self, batch, values):
-        result = losses(self, batch, values)
+    def bad_losses(self, batch):
+        result = losses(self, batch)
         return result + torch.where(torch.arange(len(result)) == 3, value, 0.0) if now[0] else result
 
     def bad_batch(self):

@@ -84,7 +84,7 @@ def test_no_memory_for_one_image_ends_the_run_and_keeps_the_checkpoint(tmp_path,
         patch.setattr(Trainer, "train_step", stop_after(3))
         small_run(tmp_path / "run")
 
-    def refuse(self, batch, values):
+    def refuse(self, batch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..")
 
     monkeypatch.setattr(Trainer, "losses", refuse)
@@ -94,7 +94,7 @@ def test_no_memory_for_one_image_ends_the_run_and_keeps_the_checkpoint(tmp_path,
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    def fail(self, batch, values):
+    def fail(self, batch):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(Trainer, "losses", fail)
@@ -151,7 +151,7 @@ def test_the_scale_is_resumed_and_its_underflow_ends_the_run(tmp_path, monkeypat
     models = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("parts", "whole")]
     assert models[0] == models[1]
     original = Trainer.losses
-    monkeypatch.setattr(Trainer, "losses", lambda self, batch, values: original(self, batch, values) * float("nan"))
+    monkeypatch.setattr(Trainer, "losses", lambda self, batch: original(self, batch) * float("nan"))
     with pytest.raises(RunError, match=r"--precision: fp16 .*use --precision bf16"):
         small_run(tmp_path / "other", kimg=0.48, precision="fp16")
 

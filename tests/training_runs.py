@@ -59,8 +59,8 @@ def run_out_of_memory(*, above):
     """A Trainer.losses that has no room for more images than `above`: it fails as CUDA does, after the pass forward."""
     original = Trainer.losses
 
-    def losses(self, batch, values):
-        result = original(self, batch, values)
+    def losses(self, batch):
+        result = original(self, batch)
         if len(batch.images) > above:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return result

@@ -72,7 +72,7 @@ def log_normal_pair(
     return _pair(index, steps, **grid)
 
 
-def ect_pair(u: Tensor, stage: int, *, P_mean: float, P_std: float, q: float, k: float, b: float) -> tuple[Tensor, Tensor]:
+def ect_pair(u: Tensor, stage: Tensor | int, *, P_mean: float, P_std: float, q: float, k: float, b: float) -> tuple[Tensor, Tensor]:
     """Levels (sigma_hi, sigma_lo) = (t, r), each [B] fp32, of Easy Consistency Tuning (Geng et al. 2024, section 3).
 
     t is log-normal; r = max(0, t (1 - n(t) / q^(stage + 1))) with n(t) = 1 + k sigmoid(-b t). The pair closes as the stage a grows;

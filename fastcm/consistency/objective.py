@@ -118,7 +118,7 @@ def continuous_loss(
     sigma: Tensor,
     *,
     tangent: NetworkTangent,
-    warmup: float,
+    warmup: Tensor | float,
     tangent_c: float = 0.1,
     teacher: Denoise | None = None,
     log_weight: nn.Module | None = None,

@@ -49,8 +49,8 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         sizes = _lasting(trainer)
         sizes["batch"] = _bytes(tensor for tensor in batch if tensor is not None)
         with StorageWatch() as watch:
-            values = step_values(config, trainer.nimg)
-            trainer.losses(piece(batch, 0, trainer.microbatch), values).sum().backward()
+            trainer.scalars.set(step_values(config, trainer.nimg))
+            trainer.losses(piece(batch, 0, trainer.microbatch)).sum().backward()
         sizes["activations"] = watch.peak
     return {**sizes, "total": sum(sizes.values())}
 

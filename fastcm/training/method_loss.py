@@ -20,7 +20,8 @@ from fastcm.consistency.objective import (
 from fastcm.consistency.solver import solver_step
 from fastcm.consistency.tangent import network_tangent
 from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig
-from fastcm.training.schedule import StepValues, sigma_draw, sigma_pair
+from fastcm.training.schedule import sigma_draw, sigma_pair
+from fastcm.training.step_scalars import StepScalars
 
 SIGMA_STREAM = 1
 
@@ -34,7 +35,7 @@ class Guides:
 
 
 class MethodLoss:
-    """loss(batch, values, factor) -> per-sample loss [B] fp32, times factor [1] fp32.
+    """loss(batch, scalars, factor) -> per-sample loss [B] fp32, times factor [1] fp32.
 
     student: its network may be a compiled module; tangent_network: the same weights uncompiled, for the derivative of sct and scd.
     log_weight: the trained w(sigma) of continuous-time methods, to be optimised along; None elsewhere.
@@ -53,17 +54,17 @@ class MethodLoss:
             if config.objective.adaptive_weight:
                 self.log_weight = LogWeight()
 
-    def __call__(self, batch: Batch, values: StepValues, factor: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, scalars: StepScalars, factor: Tensor) -> Tensor:
         objective = self.config.objective
         u = kernels.uniform(batch.seed, batch.position, stream=SIGMA_STREAM)
         if self.config.method == "edm":
             return edm_loss(self.student, batch, sigma_draw(objective, u), factor=factor)
         if self.config.method in CONTINUOUS_METHODS:
             return continuous_loss(
-                self.student, batch, sigma_draw(objective, u), tangent=self.tangent, warmup=values.tangent_warmup,
+                self.student, batch, sigma_draw(objective, u), tangent=self.tangent, warmup=scalars.tangent_warmup,
                 tangent_c=objective.tangent_c, teacher=self.teacher, log_weight=self.log_weight, factor=factor,
             )  # fmt: skip
-        sigma_hi, sigma_lo = sigma_pair(self.config, u, values.steps)
+        sigma_hi, sigma_lo = sigma_pair(self.config, u, scalars.steps)
         return consistency_loss(
             self.student, self.target, batch, sigma_hi, sigma_lo,
             weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data) * factor,

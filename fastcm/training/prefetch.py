@@ -81,6 +81,7 @@ class ResidentBatches:
     def __init__(self, dataset: Dataset, *, seed: int, size: int, device: torch.device):
         self.dataset, self.seed, self.size, self.wait_s = dataset, seed, size, 0.0
         self.images = torch.empty(dataset.images.shape, dtype=torch.uint8, device=device)
+        self.places = torch.arange(size, device=device)
         rows = max(1, COPY_BYTES // int(np.prod(dataset.images.shape[1:])))
         for start in range(0, len(dataset), rows):
             self.images[start : start + rows].copy_(torch.from_numpy(np.array(dataset.images[start : start + rows])))
@@ -88,11 +89,12 @@ class ResidentBatches:
 
     def batch(self, first: int) -> Parts:
         """The `size` images from place `first` of the run on, on the device."""
-        positions = first + np.arange(self.size, dtype=np.int64)
-        device = self.images.device
-        rows = torch.from_numpy(self.dataset.rows(positions, seed=self.seed)).to(device, non_blocking=True)
+        rows = torch.from_numpy(self.dataset.rows(first + np.arange(self.size, dtype=np.int64), seed=self.seed))
+        if self.images.is_cuda:  # from memory that can be paged the copy would wait for the device
+            rows = rows.pin_memory()
+        rows = rows.to(self.images.device, non_blocking=True)
         labels = None if self.labels is None else self.labels[rows]
-        return self.images[rows], labels, torch.from_numpy(positions).to(device, non_blocking=True)
+        return self.images[rows], labels, self.places + first
 
     def close(self) -> None:
         """Frees the copy."""

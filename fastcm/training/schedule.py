@@ -47,8 +47,9 @@ def ema_decay(optimizer: OptimizerConfig, halflife_kimg: float, *, nimg: int, ba
     return 0.5 ** (batch / halflife_nimg)
 
 
-def sigma_pair(config: TrainConfig, u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The two noise levels (sigma_hi, sigma_lo), each [B] fp32, from uniforms u [B]. steps: N, or ECT's stage."""
+def sigma_pair(config: TrainConfig, u: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
+    """The two noise levels (sigma_hi, sigma_lo), each [B] fp32, from uniforms u [B]. steps: N, or ECT's stage;
+    a tensor [] where compiled code should see no new constant."""
     noise, objective = config.noise, config.objective
     grid = {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "rho": noise.rho}
     if objective.pairs == "uniform":

@@ -12,6 +12,7 @@ from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.objective import Batch
 from fastcm.errors import RunError
+from fastcm.training.captured_step import CapturedStep, graphs_for
 from fastcm.training.config import TrainConfig
 from fastcm.training.data import Dataset
 from fastcm.training.gradient_reduction import GradientReduction
@@ -21,6 +22,7 @@ from fastcm.training.optimizer import FlatOptimizer
 from fastcm.training.parallel import Processes
 from fastcm.training.prefetch import batches
 from fastcm.training.schedule import StepValues, step_values
+from fastcm.training.step_scalars import StepScalars
 
 FLIP_STREAM = 2
 # A run of this many updates in a row with a loss or gradient that is not finite ends the training.
@@ -76,12 +78,14 @@ class Trainer:
         self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
         self.step, self.nimg = 0, 0
         self._batches = None  # from the first step on; see prefetch.batches
-        # Scalars that change every step live on the device, so that compiled code and graphs see no new constants.
-        self.lr, self.mu = torch.zeros(1, device=device), torch.zeros(1, device=device)
-        self.ema_decays = torch.zeros(len(config.optimizer.ema_halflife_kimg), device=device)
+        self.scalars = StepScalars(len(config.optimizer.ema_halflife_kimg), device)
         self.share_of_batch = torch.full((1,), 1 / config.batch, device=device)
         self.loss, self.grad_norm = torch.zeros((), device=device), torch.zeros(1, device=device)
         self.nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # skipped updates in a row: now, and at most
+        # Gradients of several processes leave during the backward pass, fp16 follows its scale: both are untried in a recording.
+        recordable = compiled and self.processes.size == 1 and self.loss_scale is None
+        graphs = graphs_for(device, network) if recordable else None
+        self.work = CapturedStep(self._passes, self._update, check=lambda: torch.stack((self.loss, *self._norm())), graphs=graphs)
 
     def set_microbatch(self, images: int) -> None:
         """Takes this many images at a time. Gradients that several passes give, or a scaled one, are summed in fp32."""
@@ -100,73 +104,82 @@ class Trainer:
         flip = kernels.uniform(self.seed, position, stream=FLIP_STREAM) < 0.5 if self.config.flip else None
         return Batch(images, labels, self.seed, position, flip)
 
-    def losses(self, batch: Batch, values: StepValues) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """The configured method's loss of each sample, as its part of the batch's mean and times the loss scale: [B] fp32."""
         factor = self.share_of_batch if self.loss_scale is None else self.share_of_batch * self.loss_scale.value
-        return self.method_loss(batch, values, factor)
+        return self.method_loss(batch, self.scalars, factor)
 
     def train_step(self) -> StepValues:
         """Algorithms 2 and 3 of Consistency Models: draw images, noise and a pair of levels; descend; update target and averages."""
         values = step_values(self.config, self.nimg)
-        self._set_scalars(values)
-        self.loss = self._descend(values)
-        norms = [optimizer.gradient_norm() for optimizer in self.optimizers.values()]
-        # 0 * loss is NaN where the loss is not finite, whose gradient may be: such a step is left out as well.
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms), dim=0) + 0 * self.loss
-        for optimizer in self.optimizers.values():
-            optimizer.step(lr=self.lr, mu=self.mu, ema_decays=self.ema_decays, grad_norm=self.grad_norm)
-        if self.loss_scale is not None:
-            self.loss_scale.update(self.grad_norm)
-        self._count_nonfinite()
+        self.scalars.set(values)
+        self._descend()
+        self.work.update()
         self.step += 1
         self.nimg += self.config.batch
         return values
 
-    def _descend(self, values: StepValues) -> Tensor:
-        """Fills the flat gradients with those of the whole batch's mean loss, and returns that loss, in every process the same."""
+    def _descend(self) -> None:
+        """Fills the flat gradients with those of the whole batch's mean loss, and `loss` with that loss, in every process the same."""
         while True:
-            loss = self._own_gradients(values)
+            fitted = self._own_gradients()
             if self.reduction is not None:
                 self.reduction.finish()
-            (ran_out,) = self.processes.agree(int(loss is None))
+            (ran_out,) = self.processes.agree(int(not fitted))
             if not ran_out:
                 break
             self._halve_microbatch()
-        loss = self.processes.sum(loss)
+        self.processes.sum(self.loss)
         if self.loss_scale is not None:
             unscale = self.loss_scale.value.reciprocal()
             for optimizer in self.optimizers.values():
                 optimizer.collected.mul_(unscale)
-            loss = loss * unscale[0]
-        return loss
+            self.loss.mul_(unscale[0])
 
-    def _own_gradients(self, values: StepValues) -> Tensor | None:
-        """The sum of this process's losses, after its backward passes; None where memory ran out."""
+    def _own_gradients(self) -> bool:
+        """This process's backward passes; False where memory ran out."""
         try:
-            return self._passes(values)
+            self.work.gradients(self.next_batch())
+            return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         if self.device.type == "cuda":  # after the handler, which holds the failed pass's tensors
             torch.cuda.empty_cache()
-        return None
+        return False
 
-    def _passes(self, values: StepValues) -> Tensor:
+    def _passes(self, batch: Batch) -> None:
+        """Fills the flat gradients and `loss` with this process's part of them."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        batch = self.next_batch()
+        self.loss.zero_()
         for start in range(0, self.share, self.microbatch):
             last = start + self.microbatch >= self.share
             if last and self.reduction is not None:
                 self.reduction.arm()
-            loss = self.losses(piece(batch, start, self.microbatch), values).sum()
+            loss = self.losses(piece(batch, start, self.microbatch)).sum()
             loss.backward()
-            total += loss.detach()
+            self.loss += loss.detach()
             if not (last and self.reduction is not None):
                 for optimizer in self.optimizers.values():
                     optimizer.collect()
-        return total
+
+    def _norm(self) -> Tensor:
+        """The L2 norm of all gradients, [1] fp32."""
+        return torch.linalg.vector_norm(torch.stack([optimizer.gradient_norm() for optimizer in self.optimizers.values()]), dim=0)
+
+    def _update(self) -> None:
+        """Weights, target and averages, by the gradients as they stand."""
+        # 0 * loss is NaN where the loss is not finite, whose gradient may be: such a step is left out as well.
+        self.grad_norm.copy_(self._norm() + 0 * self.loss)
+        scalars = self.scalars
+        for optimizer in self.optimizers.values():
+            optimizer.step(lr=scalars.lr, mu=scalars.mu, ema_decays=scalars.ema_decays, grad_norm=self.grad_norm)
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.grad_norm)
+        now, longest = self.nonfinite
+        now = (now + 1) * ~torch.isfinite(self.grad_norm[0])
+        self.nonfinite.copy_(torch.stack((now, torch.maximum(longest, now))))
 
     def _halve_microbatch(self) -> None:
         if self.microbatch == 1:
@@ -174,6 +187,7 @@ class Trainer:
                 "out of memory with one image at a time in --microbatch: 1. "
                 "Use --set network.checkpoint=true, --precision bf16 or a smaller network; the last checkpoint is kept."
             )
+        self.work.stop()
         self.set_microbatch(-(-self.microbatch // 2))
         if self.processes.is_writer:
             print(
@@ -181,17 +195,6 @@ class Trainer:
                 "batch and order stay as they are",
                 file=sys.stderr,
             )
-
-    def _set_scalars(self, values: StepValues) -> None:
-        self.lr.fill_(values.lr)
-        self.mu.fill_(values.mu)
-        for index, decay in enumerate(values.ema_decays):
-            self.ema_decays[index] = decay
-
-    def _count_nonfinite(self) -> None:
-        now, longest = self.nonfinite
-        now = (now + 1) * ~torch.isfinite(self.grad_norm[0])
-        self.nonfinite = torch.stack((now, torch.maximum(longest, now)))
 
     def progress(self, values: StepValues, images_per_s: float, waited: float = 0.0) -> Progress:
         """Reads the device: call it at log lines only. Raises RunError where training has stopped making updates."""
