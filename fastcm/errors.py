@@ -1,7 +1,15 @@
 """The two kinds of error that users see, each one line that names the option or file, its value and the remedy."""
 
 import difflib
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable
+
+# What numpy and zipfile raise at damaged, encrypted or absurd .npy and .npz files.
+ARRAY_FILE_ERRORS = (
+    OSError, EOFError, ValueError, KeyError, IndexError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
 
 
 class InputError(ValueError):

@@ -1,7 +1,9 @@
 """Data sets: what is read from where, classes, sources that are none, batches as a function of (seed, nimg)."""
 
+import io
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -205,6 +207,18 @@ def test_npz_that_is_none(tmp_path, content, message):
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     with pytest.raises(InputError, match=message):
         open_dataset(path)
+
+
+@pytest.mark.parametrize("cut", [b"), }", b"}"])
+def test_npz_with_a_damaged_header(tmp_path, cut):
+    """numpy takes such a header apart with Python's tokenizer, which has errors of its own."""
+    stream = io.BytesIO()
+    np.save(stream, random_pixels(2, 8, 8, 3))
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("arr_0.npy", stream.getvalue().replace(cut, b" " * len(cut)))
+    with pytest.raises(InputError, match="unreadable .npz in --data: .*set.npz") as caught:
+        open_dataset(tmp_path / "set.npz")
+    assert "\n" not in str(caught.value)
 
 
 def test_truncated_npz(tmp_path):

@@ -255,6 +255,8 @@ def test_statements_that_cannot_be_true_are_refused(tmp_path, path, name, change
         (lambda whole: b"garbage", "not a complete ONNX file"),
         (lambda whole: b"", "not a complete ONNX file"),
         (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+        (lambda whole: whole.replace(b"fastcm.config", b"fastcm.c\xf7nfig"), "not a generator exported by this fastcm in .*: inputs noise"),
+        (lambda whole: whole.replace(b"noise", b"n\xf7ise"), "not a generator exported by this fastcm in .*: names that are not UTF-8"),
         (lambda whole: foreign_model().SerializeToString(), "not a generator exported by this fastcm in .*: inputs x"),
         (lambda whole: with_future_opset(onnx.load_from_string(whole)).SerializeToString(), "ONNX Runtime refuses"),
         (lambda whole: with_escaping_data(onnx.load_from_string(whole)).SerializeToString(), "ONNX Runtime refuses"),

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fastcm.cli.sample import number_list, seed_list
-from fastcm.errors import InputError
+from fastcm.errors import ARRAY_FILE_ERRORS, InputError
 
 TASKS = {
     "inpaint": "generate the white part of a mask, or a box",
@@ -166,7 +166,7 @@ def load_array(path: Path):
         raise InputError(f"no such file in --image: {path}. Give a picture, or float pixels as .npy.")
     try:
         pixels = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:
+    except ARRAY_FILE_ERRORS as error:
         raise InputError(f"unreadable array in --image: {path}: {' '.join(str(error).split())}. Save it with numpy.save.") from None
     if not (isinstance(pixels, np.ndarray) and pixels.ndim == 3 and np.issubdtype(pixels.dtype, np.floating)):
         raise InputError(f"wrong form of array in --image: {path}. Give float [H, W, C] in units of [-1, 1].")

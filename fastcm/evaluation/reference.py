@@ -1,14 +1,13 @@
 """The real side of the distances: statistics of the reference images, computed once per data set and feature network, then cached."""
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from fastcm.errors import InputError
+from fastcm.errors import ARRAY_FILE_ERRORS, InputError
 from fastcm.evaluation.extractors import Extractor
 from fastcm.evaluation.samples import BLOCK
 from fastcm.evaluation.statistics import FeatureStatistics, load_statistics, save_statistics
@@ -47,7 +46,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         mean, covariance = load_statistics(path)
         with np.load(path, allow_pickle=False) as file:
             return mean, covariance, file["values"]
-    except (InputError, KeyError, OSError, zipfile.BadZipFile):
+    except ARRAY_FILE_ERRORS:  # InputError is a ValueError
         return None
 
 

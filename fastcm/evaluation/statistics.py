@@ -1,13 +1,12 @@
 """What is kept of a stream of features: moments by group, a bounded choice of rows, and mu and sigma on disk in ADM's format."""
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fastcm import kernels
-from fastcm.errors import InputError
+from fastcm.errors import ARRAY_FILE_ERRORS, InputError
 from fastcm.evaluation.metrics import require
 
 # Bytes for the rows that are kept (KID, precision and recall need them) and for the sums of the groups, per set of images.
@@ -132,7 +131,7 @@ def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
             mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
     except FileNotFoundError:
         raise InputError(f"no such file in --reference: {path}. Give an .npz with mu and sigma.") from None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, MemoryError) as error:
+    except ARRAY_FILE_ERRORS as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"unreadable .npz in --reference: {path} ({error}). Copy it again.") from None

@@ -50,9 +50,11 @@ class OnnxGenerator(OnnxEditing):
 
     def _properties(self) -> tuple[dict, tuple[float, ...], Contract, Preconditioning]:
         """(config, noise levels, contract, scalings) as the file states them; InputError where its inputs are others than it says."""
-        properties = self._session.get_modelmeta().custom_metadata_map
-        values = [(value.name, value.type, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
+        found = "names that are not UTF-8"  # which a damaged file may have
         try:
+            found = f"inputs {', '.join(' '.join(value.name.split()) for value in self._session.get_inputs())}"[:200]
+            properties = self._session.get_modelmeta().custom_metadata_map
+            values = [(value.name, value.type, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
             info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
             contract, preconditioning = Contract(**form).checked(), Preconditioning(**info["preconditioning"])
             stated = {**contract.inputs, "images": contract.output}
@@ -62,7 +64,6 @@ class OnnxGenerator(OnnxEditing):
         except (KeyError, TypeError, ValueError, AttributeError, InputError):
             known = False
         if not known:
-            found = f"inputs {', '.join(value.name for value in self._session.get_inputs())}"
             raise InputError(f"not a generator exported by this fastcm in {self.path}: {found}. Use fastcm export MODEL --onnx.")
         return info, tuple(float(sigma) for sigma in sigmas), contract, preconditioning
 

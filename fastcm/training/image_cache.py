@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcm.errors import InputError, RunError
+from fastcm.errors import ARRAY_FILE_ERRORS, InputError, RunError
 
 VERSION = 2
 WATCHED_FILES = 20_000  # of a folder with more pictures, so many are looked at when it is opened again, evenly spaced
@@ -60,7 +60,7 @@ def open_entry(entry: Path) -> Entry | None:
         images = np.memmap(entry / "images.bin", dtype=np.uint8, mode="r", shape=shape)
         labels = load_labels(entry / "labels.npy") if manifest["labelled"] else None
         bad = tuple((entry / "bad_images.txt").read_text(encoding="utf-8").splitlines()) if manifest["bad"] else ()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (*ARRAY_FILE_ERRORS, TypeError):
         return None
     return Entry(images, labels, tuple(manifest["classes"]) if manifest["classes"] else None, manifest["fingerprint"], bad)
 

@@ -1,18 +1,15 @@
 """`.npz` files in the field's convention: arr_0 uint8 [N, H, W, C], arr_1 labels; pictures are read in blocks, not as a whole."""
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastcm.errors import InputError
+from fastcm.errors import ARRAY_FILE_ERRORS, InputError
 from fastcm.training.labels import check_labels
 
-# What zipfile and numpy raise at damaged or absurd archives.
-ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, IndexError, NotImplementedError, MemoryError)
 IMAGE_LAYOUT = "uint8 [N, H, W, C] with C = 1 or 3, or [N, H, W]"
 
 
@@ -36,7 +33,7 @@ class Arrays:
                     if len(data) != size * row_bytes:
                         raise InputError(f"truncated file in --data: {self.path}. Copy it again.")
                     yield np.frombuffer(data, np.uint8).reshape(size, *self.images_shape[1:])
-        except ARCHIVE_ERRORS as error:
+        except ARRAY_FILE_ERRORS as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"unreadable .npz in --data: {self.path} ({error}). Copy it again.") from error
@@ -63,7 +60,7 @@ def open_npz(path: Path) -> Arrays:
             with np.load(path, allow_pickle=False) as arrays:
                 labels = check_labels(arrays["arr_1"], shape[0], f"arr_1 in --data: {path}")
         return Arrays(path, shape, labels)
-    except ARCHIVE_ERRORS as error:
+    except ARRAY_FILE_ERRORS as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:200]
