@@ -27,8 +27,9 @@ ANCHORS = ("published_step", "fastcm")
 COMPILED = ("fastcm_compile", "compile")
 # A step is a pass forward of the student, one of the target, and one backward that costs two forward.
 PASSES = 4
-# Floating-point operations of a step from which on a CPU takes seconds for it, and few rounds have to do.
-SLOW_FLOP = 1e11
+# Floating-point operations of a step on a CPU: from the first number on it takes seconds, and few rounds have to do; steps beyond the
+# second are measured where they are asked for.
+SLOW_FLOP, UNASKED_FLOP = 1e11, 5e11
 # Dense bf16 products, TFLOP/s, from the makers' data sheets; the first name that the device's contains.
 BF16_TFLOP_S = {
     "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
@@ -112,7 +113,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def default_models(device: torch.device, quick: bool) -> list[str]:
-    return ["digits"] if quick else [name for name, model in MODELS.items() if device.type in model.train_batches]
+    if quick:
+        return ["digits"]
+    jobs = [(name, model, model.train_batches[device.type][0]) for name, model in MODELS.items() if device.type in model.train_batches]
+    return [name for name, model, batch in jobs if device.type == "cuda" or PASSES * forward_flops(model) * batch < UNASKED_FLOP]
 
 
 def default_backends(model: Model, batch: int, device: torch.device, quick: bool) -> list[str]:
@@ -173,6 +177,8 @@ def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits,
             rows[name] |= figures(name, {key: values / block for key, values in times.items()}, job, ceiling)
             rows[name] |= backend.split(job.device, steps=10 if block > 1 else 1 if is_slow(job) else 5)
             rows[name]["startup_s"] = rounded(backend.startup_s)
+            if backend.is_recorded is not None and job.device.type == "cuda":
+                rows[name]["recorded"] = backend.is_recorded()
             if backend.peak_bytes is not None:
                 rows[name]["peak_memory_gb"] = rounded(backend.peak_bytes / 1e9)
     except torch.OutOfMemoryError as error:  # each fitted alone, not all beside each other

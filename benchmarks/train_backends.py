@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -56,11 +56,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Backend:
-    """step: one update, not waited for. marks(clock): within, steps mark their phases. startup_s: to the end of the first step."""
+    """step: one update, not waited for. marks(clock): within, steps mark their phases. startup_s: to the end of the first step.
+
+    is_recorded: whether steps come from CUDA graphs.
+    """
 
     step: Callable[[], object]
     loss: Callable[[], float]
     marks: Callable[[Clock], AbstractContextManager]
+    is_recorded: Callable[[], bool] | None = None
     startup_s: float = 0.0
     peak_bytes: int | None = None
 
@@ -107,7 +111,7 @@ def build(name: str, job: Job, *, compiled: bool | None = None) -> Backend:
     if not np.isfinite(backend.loss()):
         raise RuntimeError(f"loss not finite after 3 steps: {backend.loss()}")
     peak = torch.cuda.max_memory_allocated() - before if cuda else None
-    return Backend(backend.step, backend.loss, backend.marks, startup_s, peak)
+    return replace(backend, startup_s=startup_s, peak_bytes=peak)
 
 
 def synchronize(device: torch.device) -> None:
@@ -127,7 +131,7 @@ def _trainer(name: str, job: Job, network: torch.nn.Module, compiled: bool) -> B
             raise torch.OutOfMemoryError(f"out of memory with {trainer.share} images in one pass")
         return float(trainer.loss)
 
-    return Backend(lambda: trainer.train_step(), loss, lambda clock: marked(trainer, clock))
+    return Backend(lambda: trainer.train_step(), loss, lambda clock: marked(trainer, clock), lambda: trainer.work.is_replayed)
 
 
 def _published(name: str, job: Job, network: torch.nn.Module, compiled: bool) -> Backend:

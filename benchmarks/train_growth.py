@@ -24,7 +24,7 @@ VARIED = {
     ),
 }  # fmt: skip
 # Batches whose memory is measured on a CPU; on CUDA the largest that fits is looked for.
-CPU_BATCHES = {"digits": (64, 512), "colour32": (8, 32)}
+CPU_BATCHES = {"digits": (64, 512), "colour32": (8, 16)}
 LARGEST_BATCH = 4096
 
 

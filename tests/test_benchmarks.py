@@ -158,6 +158,7 @@ def test_defaults_by_device():
     assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "compile"]
     assert {latency_backends.precision_of(name, on_gpu) for name in ("eager", "diffusers", "fastcm", "compile")} == {"bf16"}
     assert bench_train.default_models(gpu, False) == list(MODELS) and bench_train.default_models(CPU, True) == ["digits"]
+    assert bench_train.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
     digits, larger = MODELS["digits"], MODELS["cifar10"]
     assert bench_train.default_backends(larger, 128, gpu, False) == ["published_step", "fastcm", "compile"]
     assert bench_train.default_backends(larger, 2, CPU, False) == ["published_step", "fastcm"]
