@@ -58,7 +58,8 @@ def _grouped(rows: Sequence[Row], *fields: str) -> dict[tuple, dict[str, Row]]:
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)).replace("| --- |", "|---|", 1)
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
 def number(value: float | None, form: str = ".3g") -> str:
