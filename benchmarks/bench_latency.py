@@ -1,6 +1,13 @@
-"""Milliseconds of a one-step image, from a seed on the host to uint8 on the host, for fastcm and for what users would take instead."""
+"""Milliseconds of a one-step image, from a seed on the host to uint8 on the host, for fastcm and for what users would take instead.
+
+All backends of a model and batch live in one process and are called in turns, in shuffled order, so that a slow second of the machine
+meets all of them. Their thread pools would meet too: idle threads of OpenMP and of ONNX Runtime spin for about a millisecond, on the
+cores that the next backend needs. So each call is preceded by a pause in which they go to sleep. A process for each backend would need no
+pause, but would measure them minutes apart.
+"""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +16,7 @@ import torch
 
 from fastcm.benchmarks.interleaved import Limits, device_rounds, percentiles, rounded, rounds, speedup
 from fastcm.benchmarks.latency_backends import BACKENDS, Backend, Job, UnavailableError, build, plain, precision_of
+from fastcm.benchmarks.latency_floor import floor_row, profile_row
 from fastcm.benchmarks.models import MODELS, Model
 from fastcm.benchmarks.options import add_options, names, one_line, sizes
 from fastcm.benchmarks.results_file import ResultsFile, Row
@@ -16,11 +24,11 @@ from fastcm.errors import RunError
 from fastcm.generation.generator import choose_device
 
 IDENTITY = ("bench", "model", "batch", "backend", "device", "precision")
-# Measured together with every other backend; their own rows come from the first such measurement.
-ANCHORS = ("eager", "fastcm")
+# Measured together with every compiled backend; their own rows come from the first such measurement.
+ANCHORS = ("eager", "diffusers", "fastcm", "onnxruntime_seeded")
 # Each is compiled, which takes minutes: it has a measurement of its own, that a call cut short does not lose, after all others,
-# and unasked it is measured for these batches alone.
-COMPILED = {"compile": (1, 16), "compile_max": (1,)}
+# and unasked it is measured for these batches alone; on a CPU for the smallest of them, and not for models that are slow there.
+COMPILED = {"fastcm_compile": (1, 16), "compile": (1, 16), "compile_max": (1,)}
 # Largest difference from the fp32 images, in levels of 255.
 ALLOWED_LEVELS = {"fp32": 1, "bf16": 4, "fp16": 4}
 SETTLE_S = 0.002  # OpenMP's and ONNX Runtime's idle threads spin for about a millisecond before they sleep
@@ -33,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = ResultsFile(args.json, identity=IDENTITY)
     failed = False
     for job, session in plan(args, device):
+        if args.backend is None:
+            facts(job, results)
         new = [name for name in session if results.find(identity(name, job)) is None]
         if new:
             rows = measure(job, session, new, limits(device, args.seconds, args.quick))
@@ -40,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed |= any("error" in row for row in rows)
             print(*table(rows), sep="\n", flush=True)
     return int(failed)
+
+
+def facts(job: Job, results: ResultsFile) -> None:
+    """Stores the model's floor at this batch, and for one image on a CPU where ONNX Runtime spends its time."""
+    floor = {**identity("floor", job), "precision": precision_of("fastcm", job)}
+    if results.find(floor) is None:
+        results.add(floor_row(job, floor))
+    profile = {**identity("onnxruntime_seeded", job), "bench": "latency_profile"}
+    wanted = job.device.type == "cpu" and job.batch == 1 and job.model.in_onnx
+    if wanted and importlib.util.find_spec("onnxruntime") and results.find(profile) is None:
+        results.add(profile_row(job, profile))
 
 
 def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[Job, list[str]]]:
@@ -74,11 +95,12 @@ def default_batches(model: Model, device: torch.device, quick: bool) -> Sequence
 
 def default_backends(job: Job, quick: bool) -> list[str]:
     """What the machine may have, without what takes too long."""
-    skipped = {name for name, batches in COMPILED.items() if job.batch not in (batches[:1] if quick else batches)}
+    on_cpu = job.device.type == "cpu"
+    skipped = {name for name, batches in COMPILED.items() if job.batch not in (batches[:1] if quick or on_cpu else batches)}
     if not job.model.in_onnx:
         skipped |= {"onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded", "onnxruntime_cuda"}
-    if job.device.type == "cpu":
-        skipped |= {"compile_max", "onnxruntime_cuda"}
+    if on_cpu:
+        skipped |= {"compile_max", "onnxruntime_cuda"} | (set() if job.model.compiled_on_cpu else set(COMPILED))
     else:
         skipped |= {"onnxruntime_seeded", "onnxruntime_unfolded"}
     return [name for name in BACKENDS if name not in skipped]
@@ -87,7 +109,7 @@ def default_backends(job: Job, quick: bool) -> list[str]:
 def limits(device: torch.device, seconds: float | None, quick: bool) -> Limits:
     """On CUDA, where a round takes milliseconds, at least 100 rounds, so that the 99th percentile is one."""
     if seconds is None:
-        seconds = 6 if quick or device.type == "cuda" else 20
+        seconds = 6 if quick or device.type == "cuda" else 15
     return Limits(seconds, fewest=100 if device.type == "cuda" else 7, most=2000)
 
 
@@ -124,6 +146,9 @@ def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits)
     device = device_rounds(on_device, limit) if job.device.type == "cuda" and on_device else {}
     for name, backend in built.items():
         rows[name] |= figures(name, host, device, job) | {"startup_s": rounded(backend.startup_s)}
+        if backend.first_images:
+            cold, warm = backend.first_images
+            rows[name] |= {"first_image_cold_s": rounded(cold), "first_image_warm_s": rounded(warm)}
     built.clear()
     torch.compiler.reset()
     if job.device.type == "cuda":
@@ -174,7 +199,7 @@ def check(backend: Backend, job: Job, expected: np.ndarray, precision: str) -> i
 
 COLUMNS = (
     "p50_ms", "p95_ms", "p99_ms", "device_p50_ms", "speedup_over_eager", "speedup_over_diffusers", "speedup_over_onnxruntime_unfolded",
-    "speedup_of_fastcm", "startup_s",
+    "speedup_of_fastcm", "startup_s", "first_image_cold_s", "first_image_warm_s",
 )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """The ways from a seed on the host to uint8 images on the host that bench_latency.py compares, all with the same weights."""
 
 import importlib.util
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcm import kernels
+from fastcm.benchmarks.first_image import CACHE, seconds_to_first_image
 from fastcm.benchmarks.models import Model
 from fastcm.benchmarks.plain import PlainDenoiser, plain_network
 from fastcm.consistency.denoiser import Denoiser
@@ -62,6 +64,7 @@ class Backend:
     same_noise: Callable[[np.ndarray], np.ndarray]
     on_device: Callable[[], object] | None = None
     startup_s: float = 0.0
+    first_images: tuple[float, float] | None = None  # seconds in fresh processes: with an empty compile cache, with a filled one
 
 
 Start = Callable[[], Backend]
@@ -76,14 +79,14 @@ def build(name: str, job: Job) -> Backend:
     startup_s = time.perf_counter() - began
     for turn in range(2):
         backend.images(job.seeds(turn))
-    return Backend(backend.images, backend.same_noise, backend.on_device, startup_s)
+    return replace(backend, startup_s=startup_s)
 
 
 def precision_of(name: str, job: Job) -> str:
     """What the backend computes in: fastcm as its users get it, the others bf16 on CUDA and fp32 on a CPU unless asked otherwise."""
     if name.startswith("onnxruntime"):
         return "fp32"
-    if name == "fastcm":
+    if name.startswith("fastcm"):
         return choose_precision(job.precision, job.device)
     if job.precision != "auto":
         return choose_precision(job.precision, job.device)
@@ -135,9 +138,13 @@ def compile_max(job: Job) -> Start:
     return _compiled(job, "compile_max", "max-autotune")
 
 
-def _compiled(job: Job, name: str, mode: str) -> Start:
+def _require_compiler(job: Job) -> None:
     if job.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise UnavailableError("torch.compile finds no C++ compiler")
+
+
+def _compiled(job: Job, name: str, mode: str) -> Start:
+    _require_compiler(job)
     denoiser = job.model.denoiser()
     return lambda: plain(job, denoiser, precision=precision_of(name, job), compiled=mode)
 
@@ -298,22 +305,48 @@ def unfolded(model: Model) -> Path:
 
 
 def fastcm(job: Job) -> Start:
-    """The generator as users get it. On CUDA the device's part is one replay of the graph that the last call captured."""
+    """The generator as users get it."""
+    return _generator(job, compile="off")
+
+
+def _generator(job: Job, *, compile: str) -> Start:
+    """On CUDA the device's part is one replay of the graph that the last call captured."""
     denoiser = job.model.denoiser()
 
     def start() -> Backend:
-        generator = Generator(denoiser, job.model.info, device=str(job.device), precision=job.precision)
-        generator(job.seeds(0))
-        graphs = list(getattr(generator, "_graphs", {}).values())
-        on_device = (lambda: graphs[-1](graphs[-1].seeds, graphs[-1].labels)) if graphs else None
-        return Backend(generator, generator, on_device)
+        generator = Generator(denoiser, job.model.info, device=str(job.device), precision=job.precision, compile=compile)
+        generator.warm((job.batch,))
+        graphs = list(generator._graphs.values())
+        return Backend(generator, generator, graphs[-1].graph.replay if graphs and graphs[-1] else None)
 
     return start
+
+
+def fastcm_compile(job: Job) -> Start:
+    """The generator with compile="on": first in fresh processes, which leave their compile cache to this one."""
+    _require_compiler(job)
+    folder = tempfile.TemporaryDirectory()
+    options = {"batch": job.batch, "device": job.device.type, "precision": job.precision, "cache": Path(folder.name)}
+    first_images = tuple(seconds_to_first_image(job.model.name, **options) for _ in ("empty", "filled"))
+    start = _generator(job, compile="on")
+
+    def begin() -> Backend:
+        before = os.environ.get(CACHE)
+        os.environ[CACHE] = folder.name
+        try:
+            return replace(start(), first_images=first_images)
+        finally:
+            folder.cleanup()
+            os.environ.pop(CACHE)
+            os.environ.update({} if before is None else {CACHE: before})
+
+    return begin
 
 
 BACKENDS: dict[str, Callable[[Job], Start]] = {
     backend.__name__: backend
     for backend in (
-        eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_seeded, onnxruntime_unfolded, onnxruntime_cuda, compile, compile_max,
+        eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_seeded, onnxruntime_unfolded, onnxruntime_cuda,
+        fastcm_compile, compile, compile_max,
     )  # fmt: skip
 }

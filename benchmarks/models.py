@@ -12,7 +12,8 @@ from fastcm.consistency.denoiser import Denoiser, Preconditioning
 
 @dataclass(frozen=True)
 class Model:
-    """A network by name, with the batches that are measured where none are asked for. in_onnx: whether it is exported by default."""
+    """A network by name, with the batches that are measured where none are asked for. in_onnx, compiled_on_cpu: whether it is exported
+    by default, and compiled on a CPU."""
 
     name: str
     kind: str
@@ -21,6 +22,7 @@ class Model:
     cuda_batches: tuple[int, ...] = (1, 4, 16, 64)
     train_batches: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by device type
     in_onnx: bool = True
+    compiled_on_cpu: bool = False
 
     @property
     def resolution(self) -> int:
@@ -43,6 +45,11 @@ class Model:
         """What a model folder of it would say."""
         classes = [str(number) for number in range(self.classes)] if self.classes else None
         return {"resolution": self.resolution, "channels": self.channels, "classes": classes}
+
+    def meta(self) -> nn.Module:
+        """The network without its weights: shapes alone."""
+        with torch.device("meta"):
+            return networks.build(self.kind, self.options).eval()
 
     def network(self) -> nn.Module:
         """A new network on the CPU, the same in every call and process."""
@@ -69,8 +76,8 @@ def randomise(network: nn.Module) -> nn.Module:
 
 
 def _digits() -> Model:
-    options = dict(presets.digits().network)
-    return Model("digits", options.pop("kind"), options, (1, 4, 16, 64), train_batches={"cpu": (64, 128), "cuda": (64, 512)})
+    options, training = dict(presets.digits().network), {"cpu": (64, 128), "cuda": (64, 512)}
+    return Model("digits", options.pop("kind"), options, (1, 4, 16, 64), train_batches=training, compiled_on_cpu=True)
 
 
 MODELS = {
@@ -84,7 +91,7 @@ MODELS = {
                 "resolution": 32, "channels": 64, "channel_mult": (1, 2, 2), "blocks": 2, "attention_resolutions": (16, 8),
                 "num_classes": 10,
             },
-            (1, 4, 16), train_batches={"cpu": (8,), "cuda": (128, 512)},
+            (1, 4, 16), train_batches={"cpu": (8,), "cuda": (128, 512)}, compiled_on_cpu=True,
         ),
         # EDM's DDPM++ for CIFAR-10 (Karras et al. 2022, Table 7), 55.7 M.
         Model("cifar10", "song", {"resolution": 32}, (1, 4), train_batches={"cpu": (2,), "cuda": (128, 512)}),
@@ -108,8 +115,8 @@ def forward_flops(model: Model) -> int:
     """Floating-point operations of one image through the network, a multiply-add counted as two; nothing is computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    network = model.meta()
     with torch.device("meta"), torch.no_grad():
-        network = networks.build(model.kind, model.options).eval()
         x, c_noise = torch.empty(1, model.channels, model.resolution, model.resolution), torch.empty(1)
         labels = torch.empty(1, dtype=torch.int64) if model.classes else None
         with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""`python -m fastcm.benchmarks.tables`: writes the tables of docs/kernels.md and those of training speed from results/.
+"""`python -m fastcm.benchmarks.tables`: writes the tables of docs/kernels.md and those of training speed and of latency from results/.
 
 With --auto also that of kernels/launch.py.
 """
@@ -9,14 +9,15 @@ import re
 import sys
 from pathlib import Path
 
-from fastcm.benchmarks import train_picture, train_tables
+from fastcm.benchmarks import latency_tables, train_picture, train_tables
 from fastcm.benchmarks.results_file import Row
 
-RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "kernels.md"
 TRAINING_PAGES = (ROOT / "README.md", ROOT / "docs" / "training-speed.md", ROOT / "docs" / "long-runs.md")
-LAUNCH = Path(__file__).resolve().parent.parent / "kernels" / "launch.py"
+LAUNCH = ROOT / "kernels" / "launch.py"
+LATENCY, LATENCY_PICTURE = (ROOT / "README.md", ROOT / "docs" / "latency.md"), ROOT / "docs" / "latency.png"
 # A kernel that is slower than its compiled reference by less than this is not slower: two runs of one kernel differ by as much.
 NOISE = 1.02
 
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is not what the results say")
     args = parser.parse_args(argv)
     texts = {DOCS: documented(DOCS.read_text(encoding="utf-8"))}
-    texts |= {page: with_training(page.read_text(encoding="utf-8")) for page in TRAINING_PAGES}
+    for pages, change in ((TRAINING_PAGES, with_training), (LATENCY, with_latency)):
+        texts |= {page: change(texts.get(page) or page.read_text(encoding="utf-8")) for page in pages}
     if args.auto:
         texts[LAUNCH] = with_auto_table(LAUNCH.read_text(encoding="utf-8"))
     stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
@@ -41,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             train_picture.write(content)
     for path in stale:
         print(f"{path.name}: {'is not what the results say' if args.check else 'written'}")
+    if (content := latest("latency*.json")) and not args.check:
+        latency_tables.plot(content, LATENCY_PICTURE)
     return 1 if stale and args.check else 0
 
 
@@ -67,6 +71,14 @@ def documented(text: str) -> str:
     text = _between(text, "aot", aot_table(ahead) if ahead else "Not compiled yet.")
     text = _between(text, "gpu", bench_table(on_gpu) if on_gpu else "Not measured on a GPU yet: `auto` takes the reference there.")
     return _between(text, "cpu", bench_table(on_cpu) if on_cpu else "Not measured on a CPU yet.")
+
+
+def with_latency(text: str) -> str:
+    """Returns a page with its tables of latency replaced by what the latest results say."""
+    for name, table in latency_tables.pages(latest("latency*.json")).items():
+        mark = f"<!-- {name} -->"
+        text = re.sub(f"{mark}\n.*?{mark}", lambda _, new=f"{mark}\n{table}\n{mark}": new, text, flags=re.DOTALL)
+    return text
 
 
 def aot_table(content: dict) -> str:

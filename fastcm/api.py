@@ -8,6 +8,7 @@ from torch import nn
 
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, nearest
+from fastcm.generation.compiled import chosen_compile
 from fastcm.generation.generator import Generator
 from fastcm.weights.model_folder import is_model_folder, load_model, read_json
 
@@ -73,6 +74,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     provider: str = "auto",
+    compile: str = "auto",
     trust: bool = False,
     network: nn.Module | None = None,
 ):
@@ -81,11 +83,14 @@ def load(
     model: a run folder, model folder, diffusers folder, OpenAI .pt, EDM .pkl, exported .onnx or .pt2; no pickle is executed.
     device: "auto", "cpu", "cuda" or "cuda:N"; precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16"; both for torch.
     provider: "auto", "cpu", "cuda" or "tensorrt": what ONNX Runtime runs an .onnx file on; a strict error where it is not available.
+    compile: "on" runs torch.compile on each noise level at its first use (`generator.warm()`); "auto" and "off" do not.
     trust: load a .pt2, which is a program: that runs its code. network: the module to fill where the model has a class of the user's own.
     """
     if provider not in PROVIDERS:
         raise InputError(f"unknown value in --provider: {provider}. Use one of {', '.join(PROVIDERS)}.{nearest(str(provider), PROVIDERS)}")
     kind, path = resolve_model(model)
+    if chosen_compile(compile) and kind in ("onnx", "aot"):
+        raise InputError(f"torch.compile for an exported file in --compile: {path}. Leave --compile out.")
     if kind == "onnx":
         from fastcm.generation.onnx_generator import OnnxGenerator
 
@@ -97,7 +102,7 @@ def load(
             raise InputError(f"provider tensorrt for a torch model in --provider: {path}. Export it first: fastcm export {path} --onnx.")
         device = provider if device == "auto" else device
     denoiser, info = load_denoiser(model, network=network)
-    return Generator(denoiser, info, device=device, precision=precision)
+    return Generator(denoiser, info, device=device, precision=precision, compile=compile)
 
 
 def _package(path: Path, *, trust: bool, elsewhere: set[str]):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from benchmark_models import TINY_MODEL
+from PIL import Image, ImageColor
 
-from fastcm.benchmarks import bench_latency, interleaved, latency_backends
-from fastcm.benchmarks.models import MODELS
+from fastcm.benchmarks import bench_latency, first_image, interleaved, latency_backends, latency_floor, latency_tables, tables
+from fastcm.benchmarks.models import MODELS, forward_flops
 from fastcm.errors import RunError
 
 CPU = torch.device("cpu")
@@ -100,8 +101,100 @@ def test_compiled_backends_have_a_measurement_each():
     wanted = list(latency_backends.BACKENDS)
     first, *rest = bench_latency.sessions(wanted)
     assert first == ["eager", "diffusers", "fastcm", "onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded", "onnxruntime_cuda"]
-    assert rest == [["eager", "fastcm", "compile"], ["eager", "fastcm", "compile_max"]]
+    anchors = ["eager", "diffusers", "fastcm", "onnxruntime_seeded"]
+    assert rest == [[*anchors, "fastcm_compile"], [*anchors, "compile"], [*anchors, "compile_max"]]
     assert bench_latency.sessions(["compile"]) == [["compile"]]
+
+
+def test_what_is_measured_unasked():
+    """On a CPU: what starts at once for every batch; compiled networks for one image, and none of a model that is slow there."""
+    defaults = {
+        (name, batch): bench_latency.default_backends(latency_job(MODELS[name], batch), False)
+        for name, batch in (("colour32", 1), ("colour32", 4), ("cifar10", 1), ("lsun256", 1))
+    }
+    assert {"fastcm_compile", "compile", "onnxruntime_seeded", "diffusers"} <= set(defaults["colour32", 1])
+    assert defaults["colour32", 4] == defaults["cifar10", 1] and "onnxruntime_seeded" in defaults["cifar10", 1]
+    assert not any("compile" in name for name in defaults["cifar10", 1]) and "onnxruntime_cpu" not in defaults["lsun256", 1]
+    assert bench_latency.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
+
+
+def test_the_floor_is_products_or_weights(tiny, monkeypatch):
+    monkeypatch.setattr(latency_floor, "rates", lambda device, dtype: (1e9, 1e9))
+    weights = sum(p.numel() for p in tiny.network().parameters())
+    row = latency_floor.floor_row(latency_job(tiny, batch=3), {"backend": "floor"})
+    assert row["weight_mb"] == pytest.approx(4 * weights / 1e6, rel=1e-3)
+    assert row["gflop"] == pytest.approx(3 * forward_flops(tiny) / 1e9, rel=1e-3)
+    assert row["floor_ms"] == pytest.approx(1000 * max(3 * forward_flops(tiny), 4 * weights) / 1e9, rel=1e-3)
+    monkeypatch.setattr(latency_floor, "rates", lambda device, dtype: (1e15, 1e9))
+    assert latency_floor.floor_row(latency_job(tiny), {})["floor_ms"] == pytest.approx(4e-6 * weights, rel=1e-3)
+
+
+def results(tmp_path, monkeypatch, rows):
+    machine = {name: None for name in ("gpu", "onnxruntime", "diffusers")} | {
+        "threads": 2, "processor": "P", "torch": "2.13", "date": "2026-01-01", "commit": "abc", "onnxruntime-gpu": "1.31",
+    }  # fmt: skip
+    (tmp_path / "latency.json").write_text(json.dumps({"machine": machine, "rows": rows}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+
+def timed_row(backend, ms, **more):
+    return {
+        "bench": "latency", "model": "digits", "batch": 1, "backend": backend, "levels_apart": 0, "images_per_s": 1000 / ms,
+        **{f"p{percent}_ms": ms for percent in (20, 50, 80, 95, 99)}, **more,
+    }  # fmt: skip
+
+
+def test_pages_and_picture_follow_the_results(tmp_path, monkeypatch):
+    rows = [
+        timed_row("diffusers", 10.0), timed_row("fastcm", 5.0, speedup_over_diffusers=2.0),
+        timed_row("onnxruntime_seeded", 2.5, speedup_over_diffusers=4.1), {**timed_row("eager", 7.0), "batch": 64},
+        timed_row("fastcm_compile", 4.0, first_image_cold_s=61.5, first_image_warm_s=3.25),
+        {"bench": "latency", "model": "digits", "batch": 1, "backend": "compile", "error": "RuntimeError: no"},
+        {"bench": "latency", "model": "digits", "batch": 1, "backend": "floor", "floor_ms": 0.5, "gflop": 0.1, "weight_mb": 2.0,
+         "gemm_gflop_s": 135.0, "copy_gb_s": 20.0},
+        {"bench": "latency_profile", "model": "digits", "batch": 1, "backend": "onnxruntime_seeded",
+         "operators": {"Conv": [1.5, 25], "Add": [0.25, 40]}},
+    ]  # fmt: skip
+    results(tmp_path, monkeypatch, rows)
+    page = tables.with_latency("".join(f"<!-- {name} -->\n<!-- {name} -->\n" for name in latency_tables.pages(None)))
+    for line in (
+        "| digits | 1 | 10 | 5 | 4 | 2.5 | 4.10x | 0.5 |", "| digits | 1 | 61.5 | 3.25 |", "| Conv | 1.5 (25) |", "| others | 0 (0) |",
+        "| digits | 0.1 | 2 | 135 | 20 | 0.5 | 2.5 |", "| digits | 64 | plain network | 7 | 7 | 7 | - | 143 | - | - | 0 |",
+    ):  # fmt: skip
+        assert line in page, line
+    assert tables.with_latency(page) == page and "plain, torch.compile" not in page
+    latency_tables.plot(tables.latest("latency*.json"), tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        colours = {tuple(colour) for colour in np.unique(np.array(picture).reshape(-1, 3), axis=0)}
+    assert {ImageColor.getrgb(name) for name in (latency_tables.OWN, latency_tables.OTHER, latency_tables.FLOOR)} <= colours
+    (tmp_path / "latency.json").unlink()
+    assert tables.with_latency(page).count("Not measured yet.") == 5
+
+
+def test_committed_pages_are_what_the_results_say():
+    for page in tables.LATENCY:
+        text = page.read_text(encoding="utf-8")
+        assert "latency -->" in text or "latencies -->" in text
+        assert tables.with_latency(text) == text
+    assert tables.LATENCY_PICTURE.is_file()
+
+
+@pytest.mark.slow
+def test_the_profile_counts_nodes(tiny):
+    onnx = pytest.importorskip("onnx")
+    row = latency_floor.profile_row(latency_job(tiny, batch=1), {})
+    nodes = [n.op_type for n in onnx.load(latency_backends.exported(tiny, seeded=True)).graph.node]
+    assert row["operators"]["Conv"][1] == nodes.count("Conv") and all(ms > 0 for ms, _ in row["operators"].values())
+
+
+@pytest.mark.slow
+def test_a_restarted_process_finds_its_code(tmp_path, monkeypatch):
+    """The first image of a fresh process, twice; without a compiler or with a failing one there is none."""
+    options = {"batch": 1, "device": "cpu", "precision": "auto", "cache": tmp_path / "cache"}
+    with pytest.raises(RunError, match="no first image of nothing: .*nothing"):
+        first_image.seconds_to_first_image("nothing", **options)
+    cold, warm = (first_image.seconds_to_first_image("digits", **options) for _ in range(2))
+    assert any((tmp_path / "cache").rglob("*.so")) and 0 < warm < cold
 
 
 @pytest.mark.slow
@@ -135,7 +228,7 @@ def test_a_network_that_diffusers_lacks_is_left_out(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["eager", "fastcm", "compile", "compile_max"])
+@pytest.mark.parametrize("name", ["eager", "fastcm", "fastcm_compile", "compile", "compile_max"])
 def test_latency_backends_on_the_gpu(name):
     job = latency_backends.Job(MODELS["colour32"], 4, torch.device("cuda"), "auto")
     backend = latency_backends.build(name, job)

@@ -22,6 +22,7 @@ def add(subparsers) -> None:
     parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
+    parser.add_argument("--compile", default="auto", help="on: torch.compile, before the first request; auto (default) and off: not")
     parser.add_argument("--trust", action="store_true", help="load files that hold programs")
 
 
@@ -48,9 +49,13 @@ def run(args: argparse.Namespace) -> int:
     from fastcm import api
     from fastcm.serving.server import Limits, serve
 
-    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
+    options = {name: getattr(args, name) for name in ("device", "precision", "provider", "compile", "trust")}
+    generator = api.load(args.model, **options)
     most = args.max_batch or min(BATCH, generator.batch_size)
     limits = Limits(args.max_body, args.max_seeds, args.max_queue, most, args.window_ms / 1000)
+
+    if args.compile == "on":
+        print(f"compiled in {generator.warm(sorted({1, most})):.1f} s", flush=True)
 
     def ready(address: str) -> None:
         print(f"{args.model} at {address} ({generator.provider}, {generator.precision}; batches of {most} at most)", flush=True)

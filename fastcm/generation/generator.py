@@ -1,8 +1,10 @@
 """What applications embed: seeds in, images out, from one denoiser on one device."""
 
 import copy
+import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError, RunError, nearest
+from fastcm.generation.compiled import CompiledLevel, chosen_compile
 from fastcm.generation.cuda_graph import CapturedBatch
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
@@ -25,12 +28,14 @@ from fastcm.generation.request import (
     timestep_sigmas,
 )
 from fastcm.generation.sampler import CHURNED, TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
+from fastcm.networks.inference import for_inference
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements of one batch at the image's resolution: beyond this a larger batch is no faster, and activations stay below about 1 GB.
 CPU_ELEMENTS, CUDA_ELEMENTS = 1 << 16, 1 << 21
 # Folded levels and captured graphs that are kept: a server's clients may ask for any noise levels.
 LEVELS_KEPT, GRAPHS_KEPT = 64, 64
+log = logging.getLogger("fastcm")
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -67,11 +72,13 @@ def class_names(denoiser: Denoiser, info: dict) -> list[str] | None:
 class Generator(EditingTasks):
     """generator(seeds, labels) -> images. Safe to call from many threads; `.denoiser` is D(x, sigma, labels) in fp32, unfolded.
 
-    denoiser: moved to `device` and put in eval mode. info: the model's config.json (resolution, channels, classes, sampling).
+    denoiser: moved to `device`, put in eval mode and channels-last memory. info: the model's config.json (resolution, channels, classes,
+    sampling). compile: "on" makes machine code of each noise level by torch.compile, "auto" and "off" do not.
     The image of a seed does not depend on the batch it is drawn in.
     """
 
-    def __init__(self, denoiser: Denoiser, info: dict, *, device: str = "auto", precision: str = "auto"):
+    def __init__(self, denoiser: Denoiser, info: dict, *, device: str = "auto", precision: str = "auto", compile: str = "auto"):
+        self._compiles = chosen_compile(compile)
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         self.provider = f"torch {self.device.type}"
@@ -84,8 +91,8 @@ class Generator(EditingTasks):
         if not (self.resolution and self.channels):
             raise InputError("missing field in config.json: resolution or channels. Give both in info.")
         self._worker = self._working_copy()
-        self._frozen: dict[float, FrozenLevel] = {}
-        self._graphs: dict[tuple, CapturedBatch] = {}
+        self._frozen: dict[float, FrozenLevel | CompiledLevel] = {}
+        self._graphs: dict[tuple, CapturedBatch | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._lock = threading.Lock()
         elements = CUDA_ELEMENTS if self.device.type == "cuda" else CPU_ELEMENTS
@@ -96,7 +103,9 @@ class Generator(EditingTasks):
         network, dtype = self.denoiser.network, PRECISIONS[self.precision]
         if dtype != torch.float32:
             network = copy.deepcopy(network).to(dtype)
-        return network.to(memory_format=torch.channels_last) if self.device.type == "cuda" else network
+        # Convolutions work in this order on both devices; only what is copied to it and back is saved.
+        network = network.to(memory_format=torch.channels_last)
+        return for_inference(network) if self._compiles else network
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -106,14 +115,22 @@ class Generator(EditingTasks):
     def sigma_range(self) -> tuple[float, float]:
         return self.preconditioning.sigma_min, self.preconditioning.sigma_max
 
-    def level(self, sigma: float) -> FrozenLevel:
+    def level(self, sigma: float) -> FrozenLevel | CompiledLevel:
         """The denoiser at one noise level, folded and in the working precision; kept for the next call."""
         with self._lock:
             if sigma not in self._frozen:
                 if len(self._frozen) >= LEVELS_KEPT:
                     del self._frozen[next(iter(self._frozen))]  # the oldest
-                self._frozen[sigma] = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
+                level = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
+                self._frozen[sigma] = CompiledLevel(level) if self._compiles else level
             return self._frozen[sigma]
+
+    def warm(self, batch_sizes: Iterable[int] = (1,), *, steps: int | None = None, sigmas=None) -> float:
+        """Compiles, captures and allocates what calls of these sizes and noise levels need, by drawing one of each; returns the seconds."""
+        began = time.perf_counter()
+        for size in batch_sizes:
+            self(range(size), steps=steps, sigmas=sigmas)
+        return time.perf_counter() - began
 
     def sigmas(self, steps: int | None = None, sigmas=None) -> tuple[float, ...]:
         """The noise levels that a call with these arguments visits."""
@@ -192,25 +209,38 @@ class Generator(EditingTasks):
             images = D_x.permute(0, 2, 3, 1).contiguous() if output == "float" else kernels.to_uint8(D_x, layout="NHWC")
             return images, D_x.flatten(1).isfinite().all(dim=1)
 
+        drawn = None
         if key is not None and self.device.type == "cuda":
-            images, finite = self._replay((key, output == "float"), draw_images, seeds, labels)
-        else:
+            drawn = self._replay((key, output == "float"), draw_images, seeds, labels)
+        if drawn is None:
             tensors = [None if array is None else torch.from_numpy(array.copy()).to(self.device) for array in (seeds, labels)]
-            images, finite = (result.cpu() for result in draw_images(*tensors))
-        bad = seeds[~finite.numpy()]
+            drawn = [result.cpu().numpy() for result in draw_images(*tensors)]
+        images, finite = drawn
+        bad = seeds[~finite]
         if len(bad):
             cause = f"The weights are broken, or overflow in {self.precision}: try --precision fp32."
             raise RunError(f"non-finite pixels in the image of seed {bad[0]} ({len(bad)} of {len(seeds)} images). {cause}")
-        return images.numpy()
+        return images
 
-    def _replay(self, key: tuple, draw_images, seeds: np.ndarray, labels: np.ndarray | None) -> list[Tensor]:
-        """draw_images as a CUDA graph; batches are padded to powers of two, so that few graphs serve every size."""
+    def _replay(self, key: tuple, draw_images, seeds: np.ndarray, labels: np.ndarray | None) -> list[np.ndarray] | None:
+        """draw_images as a CUDA graph; batches are padded to powers of two, so that few graphs serve every size. None: no graph of it."""
         size = 1 << (len(seeds) - 1).bit_length()
         padded = [None if array is None else np.pad(array, (0, size - len(array)), mode="edge") for array in (seeds, labels)]
         with self._lock, torch.cuda.device(self.device):
-            tensors = [None if array is None else torch.from_numpy(array).to(self.device) for array in padded]
             if (*key, size) not in self._graphs:
                 if len(self._graphs) >= GRAPHS_KEPT:
                     del self._graphs[next(iter(self._graphs))]
-                self._graphs[(*key, size)] = CapturedBatch(draw_images, *tensors, pool=self._pool)
-            return [output[: len(seeds)].cpu() for output in self._graphs[(*key, size)](*tensors)]
+                self._graphs[(*key, size)] = self._captured(draw_images, *padded)
+            graph = self._graphs[(*key, size)]
+            return graph and [output[: len(seeds)].copy() for output in graph(*padded)]
+
+    def _captured(self, draw_images, seeds: np.ndarray, labels: np.ndarray | None) -> CapturedBatch | None:
+        """None, and a line that says so, where CUDA refuses to capture what runs."""
+        try:
+            return CapturedBatch(draw_images, seeds, labels, device=self.device, pool=self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            log.warning(f"no CUDA graph for batches of {len(seeds)}: {reason}. Images are drawn without it.")
+            return None

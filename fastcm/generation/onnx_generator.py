@@ -1,7 +1,8 @@
 """An exported file as a generator: the same call as torch's, run by ONNX Runtime."""
 
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,13 @@ class OnnxGenerator(OnnxEditing):
         if not known:
             raise InputError(f"not a generator exported by this fastcm in {self.path}: {found}. Use fastcm export MODEL --onnx.")
         return info, tuple(float(sigma) for sigma in sigmas), contract, preconditioning
+
+    def warm(self, batch_sizes: Iterable[int] = (1,)) -> float:
+        """Allocates, and on CUDA captures, what calls of these sizes need, by drawing one of each; returns the seconds."""
+        began = time.perf_counter()
+        for size in batch_sizes:
+            self(range(size))
+        return time.perf_counter() - began
 
     @property
     def sigma_range(self) -> tuple[float, float]:
