@@ -19,6 +19,7 @@ from fastcm.benchmarks.interleaved import Limits, percentiles, rounded, rounds
 from fastcm.benchmarks.models import MODELS
 from fastcm.benchmarks.results_file import Row
 from fastcm.benchmarks.train_backends import Job, build, synchronize
+from fastcm.errors import PeerError
 from fastcm.training.parallel import joined
 
 
@@ -85,9 +86,10 @@ def ask(job: Job, name: str, *, seconds: float | None, processes: int = 1) -> Ro
         environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
     answers = [process.communicate() for process in started]
-    for process, (_, errors) in zip(started, answers, strict=True):
-        if process.returncode:
-            raise RuntimeError((errors.strip().splitlines() or ["ended without a word"])[-1])
+    last = [(errors.strip().splitlines() or ["ended without a word"])[-1] for _, errors in answers]
+    failed = [line for process, line in zip(started, last, strict=True) if process.returncode]
+    if failed:  # the one that failed first says why, the others that it did
+        raise RuntimeError(next((line for line in failed if PeerError.__name__ not in line), failed[0]))
     return json.loads(answers[0][0].strip().splitlines()[-1])
 
 

@@ -153,9 +153,9 @@ def test_defaults_by_device():
     assert bench_latency.default_backends(job, True) == ["eager", "diffusers", "fastcm", *onnx]
     assert "compile" in bench_latency.default_backends(latency_backends.Job(MODELS["colour32"], 1, CPU, "auto"), True)
     on_gpu = latency_backends.Job(MODELS["imagenet64"], 1, gpu, "auto")
-    assert bench_latency.default_backends(on_gpu, False) == ["eager", "diffusers", "fastcm", "compile", "compile_max"]
+    assert bench_latency.default_backends(on_gpu, False) == ["eager", "diffusers", "fastcm", "fastcm_compile", "compile", "compile_max"]
     larger = latency_backends.Job(MODELS["imagenet64"], 16, gpu, "auto")
-    assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "compile"]
+    assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "fastcm_compile", "compile"]
     assert {latency_backends.precision_of(name, on_gpu) for name in ("eager", "diffusers", "fastcm", "compile")} == {"bf16"}
     assert bench_train.default_models(gpu, False) == list(MODELS) and bench_train.default_models(CPU, True) == ["digits"]
     assert bench_train.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
