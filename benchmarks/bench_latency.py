@@ -1,9 +1,9 @@
 """Milliseconds of a one-step image, from a seed on the host to uint8 on the host, for fastcm and for what users would take instead.
 
 All backends of a model and batch live in one process and are called in turns, in shuffled order, so that a slow second of the machine
-meets all of them. Their thread pools would meet too: idle threads of OpenMP and of ONNX Runtime spin for about a millisecond, on the
-cores that the next backend needs. So each call is preceded by a pause in which they go to sleep. A process for each backend would need no
-pause, but would measure them minutes apart.
+meets all of them. Their thread pools would meet too: idle threads of OpenMP and of ONNX Runtime go on spinning, on the cores that the next
+backend needs. So on a CPU each turn begins with a pause in which they go to sleep, and with one call that is not counted, as the next one
+finds them awake. A process for each backend would need no pause, but would measure them minutes apart.
 """
 
 import argparse
@@ -31,7 +31,8 @@ ANCHORS = ("eager", "diffusers", "fastcm", "onnxruntime_seeded")
 COMPILED = {"fastcm_compile": (1, 16), "compile": (1, 16), "compile_max": (1,)}
 # Largest difference from the fp32 images, in levels of 255.
 ALLOWED_LEVELS = {"fp32": 1, "bf16": 4, "fp16": 4}
-SETTLE_S = 0.002  # OpenMP's and ONNX Runtime's idle threads spin for about a millisecond before they sleep
+# The pause of a turn: 2 ms still cost torch's backends twice their time beside ONNX Runtime's, longer ones than this changed nothing.
+SETTLE_S = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +142,7 @@ def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits)
             del rows[name]
         except Exception as error:  # a competitor that fails must not end the others' measurement
             rows[name]["error"] = one_line(error)
-    host = rounds({name: timed(backend, job) for name, backend in built.items()}, limit, settle_s=settle_s(job)) if built else {}
+    host = rounds({name: timed(backend, job) for name, backend in built.items()}, limit, **turns(job)) if built else {}
     on_device = {name: backend.on_device for name, backend in built.items() if backend.on_device is not None}
     device = device_rounds(on_device, limit) if job.device.type == "cuda" and on_device else {}
     for name, backend in built.items():
@@ -160,8 +161,9 @@ def timed(backend: Backend, job: Job):
     return lambda turn: backend.images(job.seeds(turn))
 
 
-def settle_s(job: Job) -> float:
-    return SETTLE_S if job.device.type == "cpu" else 0.0
+def turns(job: Job) -> dict[str, float | int]:
+    """How a backend's turn begins."""
+    return {"settle_s": SETTLE_S, "warm": 1} if job.device.type == "cpu" else {}
 
 
 def figures(name: str, host: dict[str, np.ndarray], device: dict[str, np.ndarray], job: Job) -> Row:

@@ -21,10 +21,11 @@ class Limits(NamedTuple):
     most: int
 
 
-def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_s: float = 0.0) -> dict[str, np.ndarray]:
+def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_s: float = 0.0, warm: int = 0) -> dict[str, np.ndarray]:
     """Milliseconds of call(round), fp64 [rounds] per name, on the host's clock; a call returns when its work is done.
 
-    settle_s: idle time before each call, in which the worker threads of the one before go to sleep.
+    settle_s: idle time before each turn, in which the worker threads of the one before go to sleep. warm: calls of a turn before the one
+    that counts, which find its own threads asleep and its caches cold.
     """
     times = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
@@ -34,6 +35,8 @@ def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_
             shuffle(order)
             for name in order:
                 time.sleep(settle_s)
+                for _ in range(warm):
+                    calls[name](done)
                 start = time.perf_counter_ns()
                 calls[name](done)
                 times[name].append((time.perf_counter_ns() - start) / 1e6)

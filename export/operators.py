@@ -12,12 +12,14 @@ INTEGERS = "uint32 uint64 int32 int64 bool"
 
 
 class Table(NamedTuple):
-    """source and version: where the rows were read. opsets: the first and last opset that the runtime reads."""
+    """source and version: where the rows were read. opsets: the first and last opset that the runtime reads. buffers: inputs and outputs
+    together that a node may have, None where any number."""
 
     source: str
     version: str
     opsets: tuple[int, int]
     operators: dict[str, frozenset[str]]
+    buffers: int | None = None
 
 
 def _rows(text: str) -> dict[str, frozenset[str]]:
@@ -84,4 +86,5 @@ WEB_ROWS = _rows(f"""
 ORT = Table("ONNX Runtime, docs/OperatorKernels.md, CUDAExecutionProvider", "commit 8f063305aacd", (7, 25), ORT_ROWS)
 ORT_CPU = Table("ONNX Runtime, docs/OperatorKernels.md, CPUExecutionProvider", "commit 8f063305aacd", (7, 25), ORT_CPU_ROWS)
 TENSORRT = Table("ONNX-TensorRT, docs/operators.md", "TensorRT 10.15", (9, 24), TENSORRT_ROWS)
-WEB = Table("ONNX Runtime Web, js/web/docs/webgpu-operators.md", "commit 51f617724148", (7, 25), WEB_ROWS)
+# The storage buffers of a shader that WebGPU guarantees (W3C, "Limits": maxStorageBuffersPerShaderStage).
+WEB = Table("ONNX Runtime Web, js/web/docs/webgpu-operators.md", "commit 51f617724148", (7, 25), WEB_ROWS, buffers=8)

@@ -64,7 +64,7 @@ def check_values(path: Path, model, contract: Contract) -> None:
 
 
 def unsupported(model, target: Target) -> Iterator[str]:
-    """Nodes whose operator or element type the target's table does not list."""
+    """Nodes whose operator, element type or number of values the target's table does not list. Concat takes its inputs in turns."""
     types = element_types(model)
     for node in model.graph.node:
         listed = target.table.operators.get(f"{node.domain}/{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type)
@@ -74,6 +74,9 @@ def unsupported(model, target: Target) -> Iterator[str]:
         used = {types[name] for name in (*node.input, *node.output) if name}
         if not used <= listed:
             yield f"{node.op_type} ({node.name}) of {', '.join(sorted(used - listed))}"
+        values = len(node.input) + len(node.output)
+        if target.table.buffers is not None and node.op_type != "Concat" and values > target.table.buffers:
+            yield f"{node.op_type} ({node.name}) with {values} inputs and outputs of {target.table.buffers}"
 
 
 def element_types(model) -> dict[str, str]:

@@ -1,15 +1,18 @@
 """ONNX forms of some operators, shorter than torch's own: fixed shapes are written down, only the batch stays open."""
 
-from collections.abc import Callable, Container
+import itertools
+from collections.abc import Callable
 
 import torch
+
+from fastcm.export.operators import Table
 
 # Up to here GroupNorm is written as InstanceNormalization over groups; opset 21 has an operator of its own.
 LAST_WITHOUT_GROUP_NORM = 20
 
 
-def translations(opset: int, operators: Container[str]) -> dict[object, Callable]:
-    """The custom_translation_table of torch.onnx.export for graphs of `opset`. operators: those that the runtime has."""
+def translations(opset: int, runtime: Table) -> dict[object, Callable]:
+    """The custom_translation_table of torch.onnx.export for graphs of `opset` that run on `runtime`."""
     from onnxscript import opset18 as op
     from onnxscript import opset21
 
@@ -43,6 +46,11 @@ def translations(opset: int, operators: Container[str]) -> dict[object, Callable
     def unbind(x, dim=0):
         return tuple(op.Gather(x, op.Constant(value_int=index), axis=dim) for index in range(int(x.shape[dim])))
 
+    def split(x, split_sizes, dim=0):
+        ends = list(itertools.accumulate(split_sizes, initial=0))
+        numbers = [op.Constant(value_ints=[number]) for number in (*ends, dim)]
+        return tuple(op.Slice(x, start, end, numbers[-1]) for start, end in itertools.pairwise(numbers[:-1]))
+
     def pixel_shuffle(x, upscale_factor):
         channels, height, width = (int(size) for size in x.shape[1:])
         r = upscale_factor
@@ -56,9 +64,11 @@ def translations(opset: int, operators: Container[str]) -> dict[object, Callable
 
     aten = torch.ops.aten
     table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
-    if "Round" not in operators:
+    if "Round" not in runtime.operators:
         table[aten.round.default] = round_half_up
-    if "DepthToSpace" not in operators:
+    if "DepthToSpace" not in runtime.operators:
         table[aten.pixel_shuffle.default] = pixel_shuffle
+    if runtime.buffers is not None:
+        table[aten.split_with_sizes.default] = split
     table[aten.group_norm.default] = group_norm if opset <= LAST_WITHOUT_GROUP_NORM else plain_group_norm
     return table

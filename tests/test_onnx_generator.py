@@ -87,7 +87,7 @@ def test_words_in_a_graph_are_the_streams(tmp_path):
     seeds = torch.tensor([0, -1, 2**63 - 1, -(2**63), 12345])
     with quiet(), torch.no_grad():
         program = torch.export.export(Words(), (seeds[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-        table = translations(18, ORT_CPU.operators)
+        table = translations(18, ORT_CPU)
         done = torch.onnx.export(program, dynamo=True, dynamic_shapes=({0: "batch"},), opset_version=18, custom_translation_table=table)
     done.save(tmp_path / "words.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "words.onnx", providers=["CPUExecutionProvider"])
