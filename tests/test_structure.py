@@ -60,7 +60,7 @@ def test_structure_is_checked(tmp_path):
 
 @pytest.mark.slow
 def test_targets_refuse_each_others_graphs():
-    """GroupNormalization is TensorRT's alone, the noise stream's shifts the CPU's; a shader of WebGPU has no room for the whole class row."""
+    """GroupNormalization is TensorRT's alone, the noise stream's shifts the CPU's; a shader of WebGPU has no room for a class row."""
     tensorrt, seeded = (exported(name) for name in ("tensorrt", "seeded"))
     for name, fault in (("ort", "GroupNormalization"), ("web", "Split .* with 12 inputs and outputs of 8")):
         with pytest.raises(RunError, match=f"does not list in tensorrt.onnx: {fault}"):
