@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 KINDS = {
     "png-32": Kind(50_000, (32, 32), "png", 32),  # CIFAR-10's training set in files
     "jpeg-500x375": Kind(2_000, (500, 375), "jpeg", 64),  # as ImageNet: its mean size
-    "png-178x218": Kind(5_000, (178, 218), "png", 64),  # as CelebA
+    "png-178x218": Kind(20_000, (178, 218), "png", 64),  # as CelebA
 }
 # What any loader must do, in as few words as Pillow allows: the share of one process, timed from a signal to the last picture.
 PILLOW_ALONE = """
