@@ -1,19 +1,24 @@
 """The U-Net's forward pass beside diffusers' with the same weights, and the memory that loading a model takes."""
 
 import argparse
-import datetime
+import copy
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from fastcm.benchmarks.interleaved import Limits, percentiles, rounded, rounds, speedup
+from fastcm.benchmarks.options import add_options, names, sizes
+from fastcm.benchmarks.results_file import ResultsFile, Row
+
+IDENTITY = ("bench", "model", "batch", "backend")
+BACKENDS = ("fastcm", "diffusers", "diffusers_channels_last")
 MODELS = {
     "digits": {
         "resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 24, "channel_mult": (1, 2), "blocks": 1,
@@ -29,48 +34,26 @@ LARGE = "imagenet64"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench_networks", description=__doc__)
-    parser.add_argument("--model", choices=tuple(MODELS), action="append", help="all by default")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)} only, a minute")
+    """Measures what is asked for, prints a line per row, and writes the rows to --json."""
+    parser = argparse.ArgumentParser(prog="python -m fastcm.benchmarks.bench_networks", description=__doc__)
+    add_options(parser, models=MODELS, backends=BACKENDS)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    models = args.model or (QUICK if args.quick else tuple(MODELS))
-    rows = []
-    for row in measure(models, args.batch, seconds=4 if args.quick else 20):
-        rows.append(row)
-        shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-        print("  ".join(shown), flush=True)
-        if args.json:  # after each row: what was measured stays measured
-            args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    results = ResultsFile(args.json, identity=IDENTITY)
+    models = names(args.model, MODELS, "--model", QUICK if args.quick else tuple(MODELS))
+    backends = {"diffusers", *names(args.backend, BACKENDS, "--backend", BACKENDS)}  # what the others are compared with is always there
+    limits = Limits(args.seconds if args.seconds is not None else 4 if args.quick else 20, fewest=5, most=1000)
+    for row in measure(models, sizes(args.batch, "--batch", (1, 8)), backends, limits):
+        results.add(row)
+        print(json.dumps(row), flush=True)
     return 0
 
 
-def measure(models: Sequence[str], batches: Sequence[int], *, seconds: float) -> Iterator[dict]:
+def measure(models: Sequence[str], batches: Sequence[int], backends: set[str], limits: Limits) -> Iterator[Row]:
     for model in models:
         for batch in batches:
-            yield from forward_rows(model, batch, seconds=seconds)
+            yield from forward_rows(model, batch, backends, limits)
     if LARGE in models:  # what a small file adds is lost beside the imports
         yield from load_rows(LARGE)
-
-
-def machine() -> dict:
-    """Where the figures come from."""
-    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "driver": None,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def random_network(model: str) -> torch.nn.Module:
@@ -84,52 +67,45 @@ def random_network(model: str) -> torch.nn.Module:
     return network
 
 
-def forward_rows(model: str, batch: int, *, seconds: float) -> list[dict]:
-    """Two rows, fastcm and diffusers, measured in turns in one process; raises where the outputs differ by more than 1e-4 of their size."""
+def forward_rows(model: str, batch: int, backends: set[str], limits: Limits) -> list[Row]:
+    """Rows of fastcm, of diffusers as it comes, and of diffusers in fastcm's layout, measured in turns in one process.
+
+    fastcm's weights are channels last, as fastcm.load puts them. Raises where outputs differ by more than 1e-4 of their size.
+    """
     import diffusers
 
     from fastcm.weights.diffusers import to_config, to_state
 
-    network = random_network(model)
+    network = random_network(model).to(memory_format=torch.channels_last)
     unet = diffusers.UNet2DModel(**{name: value for name, value in to_config(network).items() if not name.startswith("_")})
     unet.load_state_dict(to_state(network))
     unet.eval().requires_grad_(False)
+    other = copy.deepcopy(unet).to(memory_format=torch.channels_last)
     config = network.config
     x = torch.randn(batch, config.in_channels, config.resolution, config.resolution)
     c_noise, labels = torch.randn(batch) * 300, torch.arange(batch) % config.num_classes
-    calls = {"fastcm": lambda: network(x, c_noise, labels), "diffusers": lambda: unet(x, c_noise, labels).sample}
-    difference = (calls["fastcm"]() - calls["diffusers"]()).abs().max() / calls["diffusers"]().abs().max()
+    calls = {
+        "fastcm": lambda turn: network(x, c_noise, labels),
+        "diffusers": lambda turn: unet(x, c_noise, labels).sample,
+        "diffusers_channels_last": lambda turn: other(x, c_noise, labels).sample,
+    }
+    calls = {name: call for name, call in calls.items() if name in backends}
+    images = {name: call(0) for name, call in calls.items()}
+    difference = max((image - images["diffusers"]).abs().max() for image in images.values()) / images["diffusers"].abs().max()
     if difference > 1e-4:
         raise RuntimeError(f"outputs differ by {difference:.2g} in {model}")
-    times = in_turns(calls, seconds=seconds)
-    middle = {name: percentile(values, 50) for name, values in times.items()}
+    times = rounds(calls, limits)
     return [
         {
-            "bench": "forward", "model": model, "batch": batch, "backend": name,
-            **{f"p{p}_ms": percentile(values, p) for p in (20, 50, 80, 95, 99)},
-            "images_per_s": 1000 * batch / middle[name], "ratio_to_diffusers": middle[name] / middle["diffusers"],
+            "bench": "forward", "model": model, "batch": batch, "backend": name, "rounds": len(values), **percentiles(values),
+            "images_per_s": rounded(1000 * batch / percentiles(values)["p50_ms"]),
+            "speedup_over_diffusers": speedup(values, times["diffusers"]),
         }
         for name, values in times.items()
     ]  # fmt: skip
 
 
-def in_turns(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, one after the other, so that what else the machine does falls on all alike; at least five rounds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(calls))]) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def percentile(values: list[float], percent: int) -> float:
-    return sorted(values)[min(len(values) - 1, round(percent / 100 * (len(values) - 1)))]
-
-
-def load_rows(model: str) -> Iterator[dict]:
+def load_rows(model: str) -> Iterator[Row]:
     """A row per format: peak memory of a process that loads the model and reads every weight, beyond its imports, over the file's size."""
     from fastcm.consistency.denoiser import Denoiser, Preconditioning
     from fastcm.weights.diffusers import write_diffusers
