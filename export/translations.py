@@ -13,6 +13,7 @@ LAST_WITHOUT_GROUP_NORM = 20
 
 def translations(opset: int, runtime: Table) -> dict[object, Callable]:
     """The custom_translation_table of torch.onnx.export for graphs of `opset` that run on `runtime`."""
+    import onnx_ir as ir
     from onnxscript import opset18 as op
     from onnxscript import opset21
 
@@ -62,8 +63,17 @@ def translations(opset: int, runtime: Table) -> dict[object, Callable]:
         # A value next to a half may round to either side, as everywhere between runtimes.
         return op.Floor(op.Add(x, op.CastLike(op.Constant(value_float=0.5), x)))
 
+    def right_shift(x, other):
+        # ONNX shifts unsigned numbers alone. With the sign bit turned over, a signed number is an unsigned one, 2^63 further up.
+        if x.dtype != ir.DataType.INT64:
+            raise NotImplementedError(f"right shift of {x.dtype}")
+        moved = op.Cast(op.BitwiseXor(x, op.Constant(value_int=-(2**63))), to=ir.DataType.UINT64)
+        shifted = op.BitShift(moved, op.Cast(op.Constant(value_int=other), to=ir.DataType.UINT64), direction="RIGHT")
+        return op.Sub(op.Cast(shifted, to=ir.DataType.INT64), op.Constant(value_int=2 ** (63 - other)))
+
     aten = torch.ops.aten
     table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
+    table |= dict.fromkeys((aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar), right_shift)
     if "Round" not in runtime.operators:
         table[aten.round.default] = round_half_up
     if "DepthToSpace" not in runtime.operators:

@@ -33,8 +33,8 @@ def philox_words(seed: Tensor, position: Tensor, counters: Tensor, *, stream: in
     """
     _check("philox_words", seed, position, stream)
     launch.check_tensor("philox_words", "counters", counters, dtypes=(torch.int64,), shape=(None,), like=seed)
-    words = _rounds(seed[:, None], position[:, None], counters[None], stream)
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1) & _MASK
+    even, odd = _rounds(seed[:, None], position[:, None], counters[None], stream)
+    return torch.stack((even, odd), dim=1).flatten(0, 1).movedim(0, -1) & _MASK
 
 
 def normal(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int) -> Tensor:
@@ -60,7 +60,8 @@ def uniform(seed: Tensor, position: Tensor, *, stream: int) -> Tensor:
     """Returns one uniform in (0, 1) per sample [B] fp32: u of word 0 of counter 0 (sigma, flip and label-drop draws)."""
     _check("uniform", seed, position, stream)
     zero = torch.zeros(1, dtype=torch.int64, device=seed.device)
-    return _uniforms(_rounds(seed, position, zero, stream)[0])
+    even, _ = _rounds(seed, position, zero, stream)
+    return _uniforms(even[0])
 
 
 def normal_reference(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int) -> Tensor:
@@ -73,50 +74,54 @@ def uniform_field_reference(seed: Tensor, position: Tensor, shape: Sequence[int]
     return _field(seed, position, shape, stream, _lane_uniforms)
 
 
-def _rounds(seed: Tensor, position: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten Philox rounds on int64 tensors that broadcast. Words 0 and 2 are returned masked to 32 bits, words 1 and 3 with high garbage."""
+def _rounds(seed: Tensor, position: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Ten Philox rounds on int64 tensors that broadcast. Returns words 0 and 2, masked to 32 bits, and words 1 and 3, with high garbage."""
     # A call of numpy costs less than one of torch, which for few counters is most of the time; torch has threads, and can be traced.
     few = seed.is_cpu and type(seed) is Tensor and seed.numel() * counter.numel() <= _NUMPY_COUNTERS
     if few and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
-        words = _mixed(seed.numpy(), position.numpy(), counter.numpy(), stream, np.arange(10))
-        return tuple(torch.from_numpy(word) for word in words)
-    return _mixed(seed, position, counter, stream, torch.arange(10, dtype=torch.int64, device=seed.device))
+        even, odd = _mixed(np, seed.numpy(), position.numpy(), counter.numpy(), stream, np.arange(10))
+        return torch.from_numpy(np.ascontiguousarray(even)), torch.from_numpy(np.ascontiguousarray(odd))
+    return _mixed(torch, seed, position, counter, stream, torch.arange(10, dtype=torch.int64, device=seed.device))
 
 
-def _mixed(seed, position, counter, stream, rounds):
-    """The rounds on arrays of torch or of numpy, in place: fresh memory costs the CPU more than the arithmetic."""
+def _mixed(xp, seed, position, counter, stream, rounds):
+    """The rounds on arrays of xp, torch or numpy, two words in one: few calls, and in place, as fresh memory costs more than arithmetic."""
     zero = 0 * (seed + position + counter)
-    c0, c1, c2, c3 = zero + counter, zero + (position & _MASK), zero + ((position >> 32) & _MASK), zero + stream
-    seed = seed[..., None]
-    keys_0, keys_1 = ((seed & _MASK) + rounds * _KEY_A) & _MASK, (((seed >> 32) & _MASK) + rounds * _KEY_B) & _MASK
-    for i in range(10):
-        c0 *= _ROUND_A
-        c2 *= _ROUND_B
+    even = xp.stack((zero + counter, zero + ((position >> 32) & _MASK)))
+    odd = xp.stack((zero + (position & _MASK), zero + stream))
+    pair = rounds[:2].reshape(2, *[1] * zero.ndim)
+    factors, steps = _between(_ROUND_A, _ROUND_B, pair), _between(_KEY_A, _KEY_B, pair)
+    keys = (xp.stack((seed & _MASK, (seed >> 32) & _MASK)) + rounds.reshape(10, *[1] * pair.ndim) * steps) & _MASK
+    for key in keys:
+        even *= factors
+        products = even.flip(0) if xp is torch else even[::-1]  # a copy, or a view
         # The products overflow int64 into its sign; every bit is right, and the mask after the shift drops the copies of the sign.
-        c1 ^= c2 >> 32
-        c1 ^= keys_0[..., i]
-        c1 &= _MASK
-        c3 ^= c0 >> 32
-        c3 ^= keys_1[..., i]
-        c3 &= _MASK
-        c0, c1, c2, c3 = c1, c2, c3, c0
-    return c0, c1, c2, c3
+        odd ^= products >> 32
+        odd ^= key
+        odd &= _MASK
+        even, odd = odd, products
+    return even, odd
+
+
+def _between(first: int, second: int, pair):
+    """`first` where pair is 0, `second` where it is 1, with no copy from the host."""
+    return first + (second - first) * pair
 
 
 def _uniforms(word: Tensor) -> Tensor:
     return ((word >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
-def _lane_uniforms(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """[B, q] words -> [B, 4, q] uniforms."""
-    return _uniforms(torch.stack((w0, w1, w2, w3), dim=1))
+def _lane_uniforms(even: Tensor, odd: Tensor) -> Tensor:
+    """[2, B, q] words 0 and 2, 1 and 3 -> [B, 4, q] uniforms."""
+    return _uniforms(torch.stack((even, odd), dim=1).flatten(0, 1).transpose(0, 1))
 
 
-def _normals(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """[B, q] words -> [B, 4, q] normals."""
-    u = _uniforms(torch.stack((w0, w2), dim=1))
+def _normals(even: Tensor, odd: Tensor) -> Tensor:
+    """[2, B, q] words 0 and 2, 1 and 3 -> [B, 4, q] normals."""
+    u = _uniforms(even.transpose(0, 1))
     # The 24-bit angle taken as signed: theta - 2 pi in its upper half, where fp32 is finer.
-    theta = torch.stack((w1, w3), dim=1).bitwise_left_shift_(32).bitwise_right_shift_(40).float().mul_(math.tau * 2.0**-24)
+    theta = odd.transpose(0, 1).bitwise_left_shift(32).bitwise_right_shift_(40).float().mul_(math.tau * 2.0**-24)
     # 1 - u is exact, so the series keeps the relative precision that a fast logarithm loses near 1. Both branches are positive.
     v = 1.0 - u
     series = v.mul(1 / 4).add_(1 / 3).mul_(v).add_(1 / 2).mul_(v).add_(1.0).mul_(v)
@@ -142,7 +147,7 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
                 )
     else:
         field = transform(*_rounds(seed, position, counters[None], stream))
-    return field.view(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
+    return field.reshape(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
 
 
 @triton.jit(do_not_specialize=["stream"])
