@@ -34,7 +34,7 @@ def philox_words(seed: Tensor, position: Tensor, counters: Tensor, *, stream: in
     _check("philox_words", seed, position, stream)
     launch.check_tensor("philox_words", "counters", counters, dtypes=(torch.int64,), shape=(None,), like=seed)
     even, odd = _rounds(seed[:, None], position[:, None], counters[None], stream)
-    return torch.stack((even, odd), dim=1).flatten(0, 1).movedim(0, -1) & _MASK
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1) & _MASK
 
 
 def normal(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int) -> Tensor:

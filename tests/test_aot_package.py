@@ -60,6 +60,7 @@ def test_what_the_package_states():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_program_is_loaded_with_trust_alone(tmp_path, capsys):
     file = tmp_path / "x.pt2"
     file.write_bytes(b"no package")

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import numpy as np
+import pytest
 
 from fastcm.serving.batching import Batcher
 
@@ -34,6 +35,7 @@ async def client(batcher: Batcher, number: int, requests: int) -> None:
         await batcher.images(np.array([number]), None, "how")
 
 
+@pytest.mark.slow
 def test_clients_that_ask_again_stay_together():
     """Half of the clients come while the others' batch is drawn, and wait for longer than the window: the next batch holds everybody."""
 

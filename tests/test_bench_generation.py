@@ -37,6 +37,7 @@ def test_rows_and_file(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("network") == 2
 
 
+@pytest.mark.slow
 def test_a_busy_and_an_idle_network_are_told_apart(generator, monkeypatch):
     level = generator.level(80.0)
     forward, write = level.forward, bench_generation.write_npz

@@ -51,6 +51,7 @@ def test_rows_are_written_and_not_measured_again(monkeypatch, tmp_path, capsys):
     ],
     ids=["off", "nan", "in place"],
 )
+@pytest.mark.slow
 def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path, case):
     code, rows = run(monkeypatch, tmp_path / "k.json", case)
     assert code == 1 and "p50_ms" in rows[0]

@@ -34,6 +34,7 @@ def test_no_weight_is_zero():
     assert images.std() > 20
 
 
+@pytest.mark.slow
 def test_latency_rows_and_going_on(tiny, tmp_path, capsys):
     out = tmp_path / "latency.json"
     arguments = ["--model", "digits", "--batch", "1,3", "--backend", "eager,fastcm", "--seconds", "0.01", "--json", str(out)]
@@ -58,6 +59,7 @@ def test_latency_rows_and_going_on(tiny, tmp_path, capsys):
     assert again[:3] == [rows[0], *rows[2:]] and again[3]["backend"] == "fastcm" and again[3]["batch"] == 1
 
 
+@pytest.mark.slow
 def test_other_images_are_not_timed(tiny, tmp_path, monkeypatch, capsys):
     honest = latency_backends.BACKENDS["fastcm"]
 

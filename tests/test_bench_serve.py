@@ -13,6 +13,7 @@ from fastcm.cli import main
 from fastcm.weights.model_folder import save_model
 
 
+@pytest.mark.slow
 def test_a_small_load(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(MODELS, "digits", TINY_MODEL)
     out = tmp_path / "serve.json"
@@ -24,6 +25,7 @@ def test_a_small_load(monkeypatch, tmp_path, capsys):
     assert 0 < row["p50_ms"] <= row["p99_ms"] and "0 of 40 failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_latency_of_a_folder_and_of_a_server(tmp_path, capsys):
     model = tmp_path / "model"
     save_model(model, small_denoiser(3), {})

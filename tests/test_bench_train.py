@@ -56,6 +56,7 @@ def both_steps(model, *, lr=3e-3, batch=8, compiled=False, ours_compiled=False):
 @pytest.mark.parametrize(
     "which", [{}, *(pytest.param({name: True}, marks=pytest.mark.slow) for name in ("compiled", "ours_compiled"))], ids=str
 )
+@pytest.mark.slow
 def test_all_steps_train_alike(tiny, which):
     """A hundred updates from the same weights with the same noise: losses, weights, target and averages agree."""
     trainer, published, stream = both_steps(tiny, **which)
@@ -128,6 +129,7 @@ def test_a_step_is_split_without_a_rest(tiny, name, monkeypatch):
     assert kernels.perturb is before and not clock.marks or name == "published_step"
 
 
+@pytest.mark.slow
 def test_train_rows_and_going_on(tiny, tmp_path, capsys):
     out = tmp_path / "train.json"
     arguments = [*ONE_STEP, "--json", str(out)]
@@ -144,6 +146,7 @@ def test_train_rows_and_going_on(tiny, tmp_path, capsys):
     assert json.loads(out.read_text())["rows"] == rows and capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_backend_that_fails_leaves_the_others(tiny, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
@@ -184,6 +187,7 @@ def test_train_backends_on_the_gpu(name):
 # Growth
 
 
+@pytest.mark.slow
 def test_rows_of_memory_and_scaling(tiny, tmp_path, capsys, monkeypatch):
     axes = {"batch": (2, 4), "resolution": (8, 16), "parameters": (8, 16), "processes": (1, 2)}
     monkeypatch.setitem(train_growth.VARIED, "cpu", ("digits", 8, axes))

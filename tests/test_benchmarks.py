@@ -80,6 +80,7 @@ class FakeTime:
         self.now += seconds
 
 
+@pytest.mark.slow
 def test_rounds_time_every_call_in_turns(monkeypatch):
     clock, order = FakeTime(monkeypatch), []
 
@@ -145,6 +146,7 @@ def test_plain_networks_are_the_same_functions(kind, options):
 # Options
 
 
+@pytest.mark.slow
 def test_defaults_by_device():
     gpu = torch.device("cuda")
     assert bench_latency.default_models(CPU, True) == ["digits", "colour32"]
@@ -184,6 +186,7 @@ def test_wrong_options_are_named(bench, arguments, message):
 
 
 @pytest.mark.parametrize("bench", [bench_latency, bench_train])
+@pytest.mark.slow
 def test_what_compiles_comes_last(bench):
     planned = bench.plan(bench.parse(["--model", "digits,colour32", "--batch", "1,2", "--backend", "compile,fastcm"]), CPU)
     at_once = [(name, batch, ["fastcm"]) for name in ("digits", "colour32") for batch in (1, 2)]

@@ -47,6 +47,7 @@ def assert_same_state(a, b):
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m == "sct" else ()) for m in METHODS])
+@pytest.mark.slow
 def test_recorded_steps_have_the_bits_of_plain_ones(method):
     plain, recorded = trainer(method=method, **METHODS[method]), trainer(method=method, **METHODS[method])
     graphs = record_steps(recorded)
@@ -60,6 +61,7 @@ def test_recorded_steps_have_the_bits_of_plain_ones(method):
     assert graphs.events.count("run") == WARM_UP + 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_record_at_another_step():
     whole, parts, rest = (trainer(**METHODS["ict"]) for _ in range(3))
     for made in (whole, parts, rest):
@@ -79,6 +81,7 @@ def test_a_resumed_run_may_record_at_another_step():
     ],
     ids=["position", "images", "labels"],
 )
+@pytest.mark.slow
 def test_a_recording_that_froze_its_input_is_found_out(frozen, capsys):
     """What goes through the host is a constant of the recording."""
     plain, recorded = trainer(**METHODS["ict"]), trainer(**METHODS["ict"])
@@ -93,6 +96,7 @@ def test_a_recording_that_froze_its_input_is_found_out(frozen, capsys):
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["gradients", "update"])
+@pytest.mark.slow
 def test_what_does_not_record_runs_plainly(which, capsys):
     plain, recorded = trainer(**METHODS["ict"]), trainer(**METHODS["ict"])
     graphs = record_steps(recorded)

@@ -35,6 +35,7 @@ def digits():
         return file["arr_0"].reshape(-1, 8, 8, 1), file["arr_1"]
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_with_one_and_two_steps(tmp_path, capsys):
     model = model_folder(tmp_path / "model")
     report = tmp_path / "report.json"
@@ -176,6 +177,7 @@ def test_statistics_of_the_data_go_out_and_come_in_again(tmp_path, capsys, digit
         np.testing.assert_allclose(file["sigma"], np.cov(pooled.T), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_self_consistency_follows_the_teacher_that_is_named(tmp_path, capsys):
     model, teacher = model_folder(tmp_path / "model"), model_folder(tmp_path / "teacher", method="edm")
     options = ("--data", "digits", "--seeds", "0-9", "--steps", "1", "--metrics", "consistency", "--json", tmp_path / "r.json")

@@ -26,6 +26,7 @@ def quick(monkeypatch, judge):
     monkeypatch.setattr(halves, "SPLITS", 5)
 
 
+@pytest.mark.slow
 def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch):
     """The published script calls its sampler without the noise levels: here what is measured is what the sampler gets."""
     model = model_folder(tmp_path / "model")

@@ -73,6 +73,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_config_file(tmp_path / "none.toml")
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_creates_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path, "run.toml", TOML.replace("32", "24"))

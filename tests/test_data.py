@@ -247,6 +247,7 @@ def digits():
 
 
 @given(nimg=st.integers(0, 10_000), cuts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(-(2**63), 2**63 - 1))
+@pytest.mark.slow
 def test_batches_are_a_pure_function_of_seed_and_nimg(nimg, cuts, seed):
     dataset = open_dataset((np.arange(37, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2), np.arange(37) % 5))
     images, labels, positions = dataset.batch(nimg, sum(cuts), seed=seed)

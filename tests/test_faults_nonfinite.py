@@ -74,6 +74,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, monkeypatch, place,
     assert not torch.equal(after["weights", 0], bad["weights", 0]), "no step was taken after the bad one"
 
 
+@pytest.mark.slow
 def test_ten_in_a_row_end_the_run_and_the_checkpoint_stays(tmp_path, monkeypatch):
     out = tmp_path / "run"
     small_run(out, kimg=0.032)
@@ -89,6 +90,7 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
     assert small_run(tmp_path / "run", kimg=0.2).nimg == 208
 
 
+@pytest.mark.slow
 def test_fp16_that_fits_at_no_scale_ends_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, "gradient", VALUES["NaN"], range(100))
     with pytest.raises(RunError, match=r"loss scale of fp16 below 1 .*use --precision bf16"):
@@ -103,6 +105,7 @@ def test_fp16_that_fits_at_no_scale_ends_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fits", [4, 1])
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_microbatch_alone(tmp_path, monkeypatch, capsys, fits):
     """What fits is found by halving; weights are those of a run that was told so, bit for bit."""
     small_run(tmp_path / "told", kimg=0.032, microbatch=fits)
@@ -112,6 +115,7 @@ def test_memory_that_runs_out_halves_the_microbatch_alone(tmp_path, monkeypatch,
     assert_same(weights(tmp_path / "found"), weights(tmp_path / "told"))
 
 
+@pytest.mark.slow
 def test_no_memory_for_one_image_ends_the_run_and_the_checkpoint_stays(tmp_path, monkeypatch):
     out = tmp_path / "run"
     small_run(out, kimg=0.032)

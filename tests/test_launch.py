@@ -115,6 +115,7 @@ def test_strided_broadcasts_by_a_stride_of_zero():
     assert launch.strided(one.expand(3), 3)[1] == 0
 
 
+@pytest.mark.slow
 def test_kernels_import_and_run_without_triton():
     script = """
         import sys

@@ -63,6 +63,7 @@ def test_ect_starts_from_a_teachers_weights_and_its_first_images_are_the_teacher
     assert any(not torch.equal(before["weights", name], tensor) for name, tensor in averages.items())
 
 
+@pytest.mark.slow
 def test_no_recompilation_after_the_first_steps(tmp_path, monkeypatch):
     """200 steps across changes of N, mu and the learning rate. The graph is captured as for Inductor, and run as it is."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -168,6 +168,7 @@ def test_the_scale_follows_on_the_device():
         scale.check()
 
 
+@pytest.mark.slow
 def test_every_average_is_a_model(tmp_path):
     out = tmp_path / "run"
     small_run(out, **{"optimizer.ema_halflife_kimg": [0.5, 0.01], "optimizer.ema_rampup": None})

@@ -33,7 +33,7 @@ def test_words_match_random123(key, counter, words):
     """The vectors `philox4x32 10` of Random123's kat_vectors file, for the reference and for the tests' own definition."""
     seed, position = signed(key[1] << 32 | key[0]), signed(counter[2] << 32 | counter[1])
     found = kernels.philox_words(torch.tensor([seed]), torch.tensor([position]), torch.tensor([counter[0]]), stream=counter[3])
-    assert tuple(found[0, 0].tolist()) == words
+    assert tuple(found[0, 0].tolist()) == words and found.is_contiguous()
     assert tuple(words_by_numpy(seed, position, np.array([counter[0]]), counter[3])[0].tolist()) == words
 
 

@@ -159,6 +159,7 @@ def test_published_network(name, method):
         assert getattr(network.config, field) == value, field
 
 
+@pytest.mark.slow
 def test_augmentation_labels_give_the_published_count():
     """EDM's own DDPM++ for CIFAR-10 embeds nine augmentation labels."""
     assert weights_of(network_of("cifar10", "edm", augment_channels=9)) == 55_733_891

@@ -67,6 +67,7 @@ def test_a_perfect_generator_has_the_real_figure(monkeypatch, balanced, labelled
     assert 0.9 < ratio < (1.1 if labelled or not balanced else 2)
 
 
+@pytest.mark.slow
 def test_fresh_images_score_like_real_ones(world):
     row = figures(world, *pictures(400, seed=5))
     assert row["accuracy"] > 0.9
@@ -76,6 +77,7 @@ def test_fresh_images_score_like_real_ones(world):
 
 
 @pytest.mark.parametrize("broken", ["zeros", "noise", "one class"])
+@pytest.mark.slow
 def test_a_broken_generator_scores_badly(world, broken):
     images, labels = pictures(400, seed=5)
     if broken == "zeros":
@@ -124,11 +126,13 @@ def test_another_network_may_not_call_itself_judge(world):
         evaluate([Samples("set", world[0])], world[0], world[1], extractor=module, metrics=("fid",))
 
 
+@pytest.mark.slow
 def test_figures_are_deterministic(world):
     images, labels = pictures(100, seed=5)
     assert figures(world, images, labels) == figures(world, images, labels)
 
 
+@pytest.mark.slow
 def test_unlabelled_samples_have_distances_and_no_accuracy(world):
     row = figures(world, pictures(400, seed=5)[0], None)
     assert "accuracy" not in row and row["fd"]["n"] == 100 and row["fd"]["ratio"] < 2
@@ -164,6 +168,7 @@ def test_unlabelled_data_still_have_neighbours(world):
     assert "identical to a training image" in report.text(result)
 
 
+@pytest.mark.slow
 def test_the_judge_of_the_trainer_prefers_the_better_generator(monkeypatch):
     monkeypatch.setattr(features, "STEPS", (40, 40))
     asked = []

@@ -199,6 +199,7 @@ def test_malformed_http_and_silent_clients(server):
         raw.close()
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_clients_that_leave(model, generator):
     """A slow model: 503 at once when the queue is full; the images of clients that left are not drawn."""
     with served(model, "--max-seeds", "8", "--max-queue", "8", "--max-batch", "1", "--window-ms", "0") as server:

@@ -177,6 +177,7 @@ class Means(nn.Module):
         return means, means
 
 
+@pytest.mark.slow
 def test_fifty_thousand_samples_stream_in_bounded_memory():
     blocks = np.random.default_rng(0).integers(0, 256, size=(4, 250, 3, 16, 16), dtype=np.uint8)
     count = 50_000

@@ -34,6 +34,7 @@ def inputs(network, batch=3):
 
 
 @pytest.mark.parametrize(("name", "options", "count"), [("imagenet64", IMAGENET64, 295_899_267), ("lsun256", LSUN256, 526_304_771)])
+@pytest.mark.slow
 def test_published_state_dict(name, options, count):
     lines = (Path(__file__).parent / "data" / f"keys_{name}.txt").read_text().splitlines()
     with torch.device("meta"):

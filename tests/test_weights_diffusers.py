@@ -78,6 +78,7 @@ def our_images(denoiser, labels, sigmas):
 
 
 @pytest.mark.parametrize("shape", ["imagenet64", "lsun256", "digits", "plain"])
+@pytest.mark.slow
 def test_same_images_as_diffusers(shape, tmp_path):
     pipeline = save_pipeline(tmp_path / "theirs", SHAPES[shape])
     network, preconditioning, info = read_diffusers(tmp_path / "theirs")

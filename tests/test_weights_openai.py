@@ -72,6 +72,7 @@ def test_full_size_published_models(tmp_path):
         ("mine.pt", "boundary", None),
     ],
 )
+@pytest.mark.slow
 def test_round_trip_is_bit_equal(name, form, sampling, tmp_path):
     denoiser = make(**{**IMAGENET64, "blocks": 1})
     denoiser.preconditioning = Preconditioning(form="edm" if form == "boundary" else "boundary")
