@@ -31,7 +31,7 @@ ANCHORS = ("eager", "diffusers", "fastcm", "onnxruntime_seeded")
 COMPILED = {"fastcm_compile": (1, 16), "compile": (1, 16), "compile_max": (1,)}
 # Largest difference from the fp32 images, in levels of 255.
 ALLOWED_LEVELS = {"fp32": 1, "bf16": 4, "fp16": 4}
-# The pause of a turn: 2 ms still cost torch's backends twice their time beside ONNX Runtime's, longer ones than this changed nothing.
+# The pause of a turn, in which idle threads stop spinning.
 SETTLE_S = 0.05
 
 

@@ -64,19 +64,20 @@ def check_values(path: Path, model, contract: Contract) -> None:
 
 
 def unsupported(model, target: Target) -> Iterator[str]:
-    """Nodes whose operator, element type or number of values the target's table does not list. Concat takes its inputs in turns."""
+    """Nodes whose operator, element type or number of values the target's table does not list. Concat takes its inputs in turns
+    (onnxruntime, pull request 25390)."""
     types = element_types(model)
     for node in model.graph.node:
         listed = target.table.operators.get(f"{node.domain}/{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type)
         if listed is None:
             yield f"{node.op_type} ({node.name})"
             continue
-        used = {types[name] for name in (*node.input, *node.output) if name}
+        values = [name for name in (*node.input, *node.output) if name]
+        used = {types[name] for name in values}
         if not used <= listed:
             yield f"{node.op_type} ({node.name}) of {', '.join(sorted(used - listed))}"
-        values = len(node.input) + len(node.output)
-        if target.table.buffers is not None and node.op_type != "Concat" and values > target.table.buffers:
-            yield f"{node.op_type} ({node.name}) with {values} inputs and outputs of {target.table.buffers}"
+        if target.table.buffers is not None and node.op_type != "Concat" and len(values) > target.table.buffers:
+            yield f"{node.op_type} ({node.name}) with {len(values)} inputs and outputs of {target.table.buffers}"
 
 
 def element_types(model) -> dict[str, str]:

@@ -33,8 +33,7 @@ def philox_words(seed: Tensor, position: Tensor, counters: Tensor, *, stream: in
     """
     _check("philox_words", seed, position, stream)
     launch.check_tensor("philox_words", "counters", counters, dtypes=(torch.int64,), shape=(None,), like=seed)
-    even, odd = _rounds(seed[:, None], position[:, None], counters[None], stream)
-    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1) & _MASK
+    return _words(*_rounds(seed[:, None], position[:, None], counters[None], stream), dim=-1) & _MASK
 
 
 def normal(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int) -> Tensor:
@@ -103,6 +102,11 @@ def _mixed(xp, seed, position, counter, stream, rounds):
     return even, odd
 
 
+def _words(even: Tensor, odd: Tensor, *, dim: int) -> Tensor:
+    """Words 0 to 3 in order, along a new dimension."""
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=dim)
+
+
 def _between(first: int, second: int, pair):
     """`first` where pair is 0, `second` where it is 1, with no copy from the host."""
     return first + (second - first) * pair
@@ -114,7 +118,7 @@ def _uniforms(word: Tensor) -> Tensor:
 
 def _lane_uniforms(even: Tensor, odd: Tensor) -> Tensor:
     """[2, B, q] words 0 and 2, 1 and 3 -> [B, 4, q] uniforms."""
-    return _uniforms(torch.stack((even, odd), dim=1).flatten(0, 1).transpose(0, 1))
+    return _uniforms(_words(even, odd, dim=1))
 
 
 def _normals(even: Tensor, odd: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
                 )
     else:
         field = transform(*_rounds(seed, position, counters[None], stream))
-    return field.reshape(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
+    return field.view(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
 
 
 @triton.jit(do_not_specialize=["stream"])

@@ -93,6 +93,13 @@ def test_no_embedding_is_left(form):
 
 
 @pytest.mark.slow
+def test_the_noise_stream_is_few_nodes():
+    """A node costs more than its arithmetic on one image's words."""
+    seeded, plain = (len(onnx.load(exported(form).path).graph.node) for form in ("seeded", "plain"))
+    assert seeded - plain <= 190
+
+
+@pytest.mark.slow
 def test_nothing_constant_is_computed_and_nothing_is_moved_twice():
     """One row of the table per image, cut into the norms' pieces; per norm one product and one sum, per attention one transposition of q
     and one of its weights, which runtimes take into the products."""
