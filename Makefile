@@ -1,4 +1,4 @@
-# make demo | test | check | bench | methods | gallery | faults | soak    in .venv, which the first of them makes
+# make demo | test | test-all | check | bench | methods | gallery | faults | soak    in .venv, which the first of them makes
 # make gpu STAGE=test|kernels|latency|train PYTHON=python3    with the Python at hand: no venv, no network
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Rows go to $OUT where it is set (and stay there between calls, so that a stage goes on where it stopped).
 RESULTS = $${OUT:-benchmarks/results}
 
-.PHONY: help demo test check bench methods gallery faults soak gpu
+.PHONY: help demo test test-all check bench methods gallery faults soak gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -30,12 +30,17 @@ demo: $(VENV)/installed
 	$(BIN)/fastcm export runs/digits --onnx runs/digits/digits.onnx
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
+
+# What takes minutes: full fuzzing, long compilations, kills with counts. Beside make test, not instead of it.
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "long"
 
 # Before a commit: style, the house rules, and the tests that take seconds.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu"
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not long and not gpu"
 
 bench: $(VENV)/installed
 	mkdir -p "$(RESULTS)"

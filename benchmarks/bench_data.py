@@ -109,9 +109,17 @@ def decode(folder: Path, args: argparse.Namespace) -> list[Row]:
         own = {"pillow": np.array(calls["pillow"].seconds) * 1e3, "fastcm": times["fastcm"]}
         per_second = {backend: count / np.median(values) * 1e3 for backend, values in own.items()}
         for backend, value in per_second.items():
-            row = {"bench": "data", "op": "decode", "pictures": name, "backend": backend, "cores": cores(), "count": count,
-                   "rounds": len(own[backend]), "images_per_s": rounded(value),
-                   "percent_of_pillow": rounded(100 * value / per_second["pillow"])}  # fmt: skip
+            row = {
+                "bench": "data",
+                "op": "decode",
+                "pictures": name,
+                "backend": backend,
+                "cores": cores(),
+                "count": count,
+                "rounds": len(own[backend]),
+                "images_per_s": rounded(value),
+                "percent_of_pillow": rounded(100 * value / per_second["pillow"]),
+            }
             rows.append(row)
     return rows
 
@@ -168,8 +176,14 @@ def open_million(folder: Path, args: argparse.Namespace) -> list[Row]:
     with open(entry / "images.bin", "wb") as file:
         file.truncate(count * 3 * 64 * 64)
     np.save(entry / "labels.npy", np.arange(count) % classes)
-    manifest = {"version": image_cache.VERSION, "shape": [count, 3, 64, 64], "labelled": True,
-                "classes": [str(index) for index in range(classes)], "bad": 0, "fingerprint": "0"}  # fmt: skip
+    manifest = {
+        "version": image_cache.VERSION,
+        "shape": [count, 3, 64, 64],
+        "labelled": True,
+        "classes": [str(index) for index in range(classes)],
+        "bad": 0,
+        "fingerprint": "0",
+    }
     (entry / "manifest.json").write_text(json.dumps(manifest))
     source = sources.find(str(root))
     watched = [*map(str, sorted(root.iterdir())), *map(str, paths)]
@@ -189,8 +203,15 @@ def wait(folder: Path, args: argparse.Namespace) -> list[Row]:
         entry = image_cache.build_entry(folder / f"wait-{name}", [images.images], shape=images.images.shape, labels=None, class_names=None)
         mapped = Dataset(entry.images, images.labels, images.class_names, name, entry.fingerprint)
         job, network = Job(model, batch, device, "auto", "auto"), model.network().train()
-        trainer = Trainer(job.config(), network, copy.deepcopy(network).requires_grad_(False), mapped, device=device,
-                          precision=job.precision_of("fastcm"), compiled=False)  # fmt: skip
+        trainer = Trainer(
+            job.config(),
+            network,
+            copy.deepcopy(network).requires_grad_(False),
+            mapped,
+            device=device,
+            precision=job.precision_of("fastcm"),
+            compiled=False,
+        )
         trainer.train_step()
         source = trainer._batches
         waited, began, steps = source.wait_s, time.perf_counter(), 0
@@ -200,9 +221,18 @@ def wait(folder: Path, args: argparse.Namespace) -> list[Row]:
             trainer.train_step()
         seconds = time.perf_counter() - began
         source.close()
-        rows.append({"bench": "data", "op": "wait", "model": name, "batch": batch, "backend": "fastcm", "steps": steps,
-                     "step_ms": rounded(seconds / steps * 1e3),
-                     "percent_of_step": rounded(100 * (source.wait_s - waited) / seconds)})  # fmt: skip
+        rows.append(
+            {
+                "bench": "data",
+                "op": "wait",
+                "model": name,
+                "batch": batch,
+                "backend": "fastcm",
+                "steps": steps,
+                "step_ms": rounded(seconds / steps * 1e3),
+                "percent_of_step": rounded(100 * (source.wait_s - waited) / seconds),
+            }
+        )
     return rows
 
 

@@ -51,8 +51,14 @@ def measure(name: str, precision: str) -> Row:
             return {**row, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
         told = json.loads(done.stdout.splitlines()[-1])
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    return {**row, "seconds": rounded(seconds), "peak_gb": rounded(told["peak_bytes"] / 1e9), "file_gb": rounded(size / 1e9),
-            "parameters": told["parameters"], "max_error": told["max_error"]}  # fmt: skip
+    return {
+        **row,
+        "seconds": rounded(seconds),
+        "peak_gb": rounded(told["peak_bytes"] / 1e9),
+        "file_gb": rounded(size / 1e9),
+        "parameters": told["parameters"],
+        "max_error": told["max_error"],
+    }
 
 
 def export_once(name: str, precision: str, folder: str) -> None:
@@ -64,10 +70,15 @@ def export_once(name: str, precision: str, folder: str) -> None:
     exported = export_onnx(denoiser, model.info, out=Path(folder) / "model.onnx", precision=precision)
     if not (Path(folder) / "model.onnx").is_file():
         raise RunError(f"no file after the export in bench_export: {name}. Run fastcm export by itself.")
-    print(json.dumps({
-        "peak_bytes": peak_bytes(), "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "max_error": rounded(max(comparison.max_error for comparison in exported.comparisons)),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "peak_bytes": peak_bytes(),
+                "parameters": sum(p.numel() for p in denoiser.parameters()),
+                "max_error": rounded(max(comparison.max_error for comparison in exported.comparisons)),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -123,9 +123,13 @@ def sessions(wanted: Sequence[str]) -> list[list[str]]:
 
 def identity(name: str, job: Job) -> Row:
     return {
-        "bench": "latency", "model": job.model.name, "batch": job.batch, "backend": name,
-        "device": job.device.type, "precision": precision_of(name, job),
-    }  # fmt: skip
+        "bench": "latency",
+        "model": job.model.name,
+        "batch": job.batch,
+        "backend": name,
+        "device": job.device.type,
+        "precision": precision_of(name, job),
+    }
 
 
 def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits) -> list[Row]:
@@ -200,9 +204,18 @@ def check(backend: Backend, job: Job, expected: np.ndarray, precision: str) -> i
 
 
 COLUMNS = (
-    "p50_ms", "p95_ms", "p99_ms", "device_p50_ms", "speedup_over_eager", "speedup_over_diffusers", "speedup_over_onnxruntime_unfolded",
-    "speedup_of_fastcm", "startup_s", "first_image_cold_s", "first_image_warm_s",
-)  # fmt: skip
+    "p50_ms",
+    "p95_ms",
+    "p99_ms",
+    "device_p50_ms",
+    "speedup_over_eager",
+    "speedup_over_diffusers",
+    "speedup_over_onnxruntime_unfolded",
+    "speedup_of_fastcm",
+    "startup_s",
+    "first_image_cold_s",
+    "first_image_warm_s",
+)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

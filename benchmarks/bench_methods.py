@@ -46,13 +46,17 @@ CELLS = (
     Cell("cd, Heun, l2", 4, f"--method cd {FEATURES}=l2", "--teacher"),
     Cell("cd, Heun, classifier distance", 4, f"--method cd {FEATURES}=classifier", "--teacher"),
     Cell("ct, adaptive N and mu", 2, "--method ct --set objective.s1=40"),
-    Cell("ct, fixed N and mu", 2, "--method ct --set objective.curriculum=fixed --set objective.s0=41 --set objective.s1=41 "
-         "--set objective.mu_schedule=fixed --set objective.mu0=0.99"),
+    Cell(
+        "ct, fixed N and mu",
+        2,
+        "--method ct --set objective.curriculum=fixed --set objective.s0=41 --set objective.s1=41 "
+        "--set objective.mu_schedule=fixed --set objective.mu0=0.99",
+    ),
     Cell("ict", 2, "--method ict"),
     Cell("ect", 2, "--method ect", "--init"),
     Cell("scd", 4, "--method scd", "--teacher"),
     Cell("sct", 3, "--method sct"),
-)  # fmt: skip
+)
 # What the papers find, as (better, worse) by the Frechet distance of one step.
 ORDERINGS = (
     ("distillation from a good teacher beats training from data", "cd, Heun", "ct, adaptive N and mu"),
@@ -109,13 +113,27 @@ def measure(cell: Cell, seed: int, runs: Path, teacher: Path, budget_kcalls: flo
     report = json.loads(evaluation.read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     consistency = next((row["self_consistency"] for row in reversed(log) if "self_consistency" in row), None)
-    shared = {"bench": "methods", "cell": cell.name, "seed": seed, "kimg": kimg, "calls": cell.calls, "train_s": round(train_s, 1),
-              "self_consistency": consistency, "command": train}  # fmt: skip
+    shared = {
+        "bench": "methods",
+        "cell": cell.name,
+        "seed": seed,
+        "kimg": kimg,
+        "calls": cell.calls,
+        "train_s": round(train_s, 1),
+        "self_consistency": consistency,
+        "command": train,
+    }
     return [
-        {**shared, "steps": row["nfe"] if len(report["sets"]) > 1 else 1, "nfe": row["nfe"], "accuracy": row["accuracy"],
-         "fd_mean": row["fd"]["mean"], "fd_ratio": row["fd"]["ratio"]}
+        {
+            **shared,
+            "steps": row["nfe"] if len(report["sets"]) > 1 else 1,
+            "nfe": row["nfe"],
+            "accuracy": row["accuracy"],
+            "fd_mean": row["fd"]["mean"],
+            "fd_ratio": row["fd"]["ratio"],
+        }
         for row in report["sets"]
-    ]  # fmt: skip
+    ]
 
 
 def call(command: str) -> None:

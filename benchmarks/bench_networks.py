@@ -89,12 +89,17 @@ def forward_rows(model: str, batch: int, backends: set[str], limits: Limits) -> 
     times = rounds(calls, limits)
     return [
         {
-            "bench": "forward", "model": model, "batch": batch, "backend": name, "rounds": len(values), **percentiles(values),
+            "bench": "forward",
+            "model": model,
+            "batch": batch,
+            "backend": name,
+            "rounds": len(values),
+            **percentiles(values),
             "images_per_s": rounded(1000 * batch / percentiles(values)["p50_ms"]),
             "speedup_over_diffusers": speedup(values, times["diffusers"]),
         }
         for name, values in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def load_rows(model: str) -> Iterator[Row]:
@@ -112,9 +117,14 @@ def load_rows(model: str) -> Iterator[Row]:
             peak, milliseconds = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
             size = max(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
         yield {
-            "bench": "load", "model": model, "backend": name, "p50_ms": rounded(milliseconds), "file_bytes": size, "peak_bytes": int(peak),
+            "bench": "load",
+            "model": model,
+            "backend": name,
+            "p50_ms": rounded(milliseconds),
+            "file_bytes": size,
+            "peak_bytes": int(peak),
             "peak_over_file": rounded(peak / size),
-        }  # fmt: skip
+        }
 
 
 def load_once(path: str, resolution: int) -> None:

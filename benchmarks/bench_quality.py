@@ -86,11 +86,18 @@ def measure_search() -> list[Row]:
     features = {"features": report["protocol"]["features_name"], "reference_sha256": report["protocol"]["reference_sha256"]}
     return [
         {
-            **shared, **features, "sampling": row["name"], "nfe": row["nfe"], "sigmas": sigmas, "count": row["count"],
-            "fid_mean": row["fid"]["mean"], "fid_std": row["fid"]["std"], "accuracy": row["accuracy"],
+            **shared,
+            **features,
+            "sampling": row["name"],
+            "nfe": row["nfe"],
+            "sigmas": sigmas,
+            "count": row["count"],
+            "fid_mean": row["fid"]["mean"],
+            "fid_std": row["fid"]["std"],
+            "accuracy": row["accuracy"],
         }
         for row, sigmas in zip(report["sets"], report["protocol"]["sigmas"], strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def call(command: str) -> None:

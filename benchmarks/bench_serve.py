@@ -76,10 +76,19 @@ def measure(name: str, device: str, concurrency: int, requests: int, seconds: fl
         raise RunError(f"every request failed in bench_serve: {failed}. Look at the server's own words.")
     rate = (requests - failed) / took
     return {
-        "bench": "serve", "model": name, "concurrency": concurrency, "device": generator.device.type, "precision": generator.precision,
-        "requests": requests, "failed": failed, "images_per_s": rounded(rate), "generator_images_per_s": rounded(alone),
-        "percent_of_generator": rounded(100 * rate / alone), "images_per_batch": rounded(per_batch), **percentiles(milliseconds),
-    }  # fmt: skip
+        "bench": "serve",
+        "model": name,
+        "concurrency": concurrency,
+        "device": generator.device.type,
+        "precision": generator.precision,
+        "requests": requests,
+        "failed": failed,
+        "images_per_s": rounded(rate),
+        "generator_images_per_s": rounded(alone),
+        "percent_of_generator": rounded(100 * rate / alone),
+        "images_per_batch": rounded(per_batch),
+        **percentiles(milliseconds),
+    }
 
 
 def generator_rate(generator, batch: int, seconds: float) -> float:

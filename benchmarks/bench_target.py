@@ -51,9 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         backend = "fastcm serve" if is_url else generator.provider
         for part, milliseconds in times.items():
             row: Row = {
-                "bench": "latency", "model": Path(args.target).name if not is_url else args.target, "batch": batch, "backend": backend,
-                "part": part, "rounds": len(milliseconds), **percentiles(milliseconds),
-            }  # fmt: skip
+                "bench": "latency",
+                "model": Path(args.target).name if not is_url else args.target,
+                "batch": batch,
+                "backend": backend,
+                "part": part,
+                "rounds": len(milliseconds),
+                **percentiles(milliseconds),
+            }
             results.add(row)
             print(f"{batch:5d}  {part:<9} {row['p50_ms']:9.4g} {row['p95_ms']:9.4g} {row['p99_ms']:9.4g}")
     return 0
@@ -106,4 +111,3 @@ def server_calls(url: str, batch: int) -> dict[str, Call]:
         ask("POST", "/generate", {"seeds": list(range(index * batch, (index + 1) * batch))})
 
     return {"together": together, "health": lambda index: ask("GET", "/health", None)}
-

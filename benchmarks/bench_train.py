@@ -32,9 +32,18 @@ PASSES = 4
 SLOW_FLOP, UNASKED_FLOP = 1e11, 5e11
 # Dense bf16 products, TFLOP/s, from the makers' data sheets; the first name that the device's contains.
 BF16_TFLOP_S = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-    "RTX 4090": 165, "RTX 3090": 71,
-}  # fmt: skip
+    "GB200": 2500,
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,9 +155,14 @@ def sessions(wanted: Sequence[str]) -> list[list[str]]:
 
 def identity(name: str, job: Job) -> Row:
     return {
-        "bench": "train", "op": "step", "model": job.model.name, "batch": job.batch, "backend": name,
-        "device": job.device.type, "precision": job.precision_of(name),
-    }  # fmt: skip
+        "bench": "train",
+        "op": "step",
+        "model": job.model.name,
+        "batch": job.batch,
+        "backend": name,
+        "device": job.device.type,
+        "precision": job.precision_of(name),
+    }
 
 
 def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits, ceiling: float | None) -> list[Row]:
@@ -200,9 +214,12 @@ def figures(name: str, times: dict[str, np.ndarray], job: Job, ceiling: float | 
     images_per_s = 1000 * job.batch / float(np.median(times[name]))
     tflop_s = PASSES * forward_flops(job.model) * images_per_s / 1e12
     row = {
-        **percentiles(times[name]), "images_per_s": rounded(images_per_s), "rounds": len(times[name]), "tflop_s": rounded(tflop_s),
+        **percentiles(times[name]),
+        "images_per_s": rounded(images_per_s),
+        "rounds": len(times[name]),
+        "tflop_s": rounded(tflop_s),
         "parameters": parameters(job.model),
-    }  # fmt: skip
+    }
     rate = device_tflop_s(job.device)
     if rate is not None and job.precision_of(name) == "bf16":
         row["mfu_percent"] = rounded(100 * tflop_s / rate)
@@ -242,9 +259,15 @@ def matmul_tflop_s(device: torch.device) -> float:
 
 
 COLUMNS = (
-    "p50_ms", "images_per_s", "speedup_over_published_step", "speedup_of_fastcm", "percent_of_matmul", "mfu_percent", "peak_memory_gb",
+    "p50_ms",
+    "images_per_s",
+    "speedup_over_published_step",
+    "speedup_of_fastcm",
+    "percent_of_matmul",
+    "mfu_percent",
+    "peak_memory_gb",
     "startup_s",
-)  # fmt: skip
+)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

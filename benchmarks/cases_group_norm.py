@@ -63,10 +63,14 @@ def _one_pass(dtype, instructions: float, *, backward: bool) -> dict[str, Budget
     name, tensors = ("group_norm_bwd", 3) if backward else ("group_norm_fwd", 2)
     return {
         name: Budget(
-            instructions=instructions, registers=128 if backward else 96, bytes_per_element=tensors * dtype.itemsize, counted=_COUNTED,
-            load_bits={128: 4 * (tensors - 1)}, store_bits={128: 4, 32: 6},
+            instructions=instructions,
+            registers=128 if backward else 96,
+            bytes_per_element=tensors * dtype.itemsize,
+            counted=_COUNTED,
+            load_bits={128: 4 * (tensors - 1)},
+            store_bits={128: 4, 32: 6},
         )
-    }  # fmt: skip
+    }
 
 
 def _split_forward(dtype, trips: int) -> dict[str, Budget]:
@@ -74,29 +78,36 @@ def _split_forward(dtype, trips: int) -> dict[str, Budget]:
     accesses = dtype.itemsize
     return {
         "group_statistics_partial": Budget(
-            instructions=32 if trips < 3 else 15, bytes_per_element=dtype.itemsize, counted=_COUNTED,
-            load_bits={128: accesses}, trips=trips,
+            instructions=32 if trips < 3 else 15, bytes_per_element=dtype.itemsize, counted=_COUNTED, load_bits={128: accesses}, trips=trips
         ),
         "group_statistics_merge": Budget(instructions=4, bytes_per_element=0.1, counted=_COUNTED),
         "split_output": Budget(
             instructions=28, bytes_per_element=2 * dtype.itemsize, counted=_COUNTED, load_bits={128: accesses}, store_bits={128: accesses}
         ),
-    }  # fmt: skip
+    }
 
 
 def _split_backward(dtype, trips: int) -> dict[str, Budget]:
     accesses = dtype.itemsize
     return {
         "split_sums": Budget(
-            instructions=52 if trips < 3 else 33, registers=112, bytes_per_element=2 * dtype.itemsize, counted=_COUNTED,
-            load_bits={128: 2 * accesses}, trips=trips,
+            instructions=52 if trips < 3 else 33,
+            registers=112,
+            bytes_per_element=2 * dtype.itemsize,
+            counted=_COUNTED,
+            load_bits={128: 2 * accesses},
+            trips=trips,
         ),
         "split_reduce": Budget(instructions=5, bytes_per_element=0.1, counted=_COUNTED),
         "split_gradient": Budget(
-            instructions=38, registers=80, bytes_per_element=3 * dtype.itemsize, counted=_COUNTED,
-            load_bits={128: 2 * accesses}, store_bits={128: accesses},
+            instructions=38,
+            registers=80,
+            bytes_per_element=3 * dtype.itemsize,
+            counted=_COUNTED,
+            load_bits={128: 2 * accesses},
+            store_bits={128: accesses},
         ),
-    }  # fmt: skip
+    }
 
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
@@ -114,8 +125,14 @@ _SLABS = [
     ((64, 1152, 8, 8), _BF16, 53, 70),
 ]
 _SPLIT = [
-    (64, 192, 64, 64), (64, 384, 32, 32), (64, 576, 16, 16), (64, 1152, 16, 16), (1, 192, 64, 64), (1, 256, 256, 256), (8, 256, 256, 256),
-]  # fmt: skip
+    (64, 192, 64, 64),
+    (64, 384, 32, 32),
+    (64, 576, 16, 16),
+    (64, 1152, 16, 16),
+    (1, 192, 64, 64),
+    (1, 256, 256, 256),
+    (8, 256, 256, 256),
+]
 
 AOT_CASES = [
     *(_forward_case(shape, dtype, _one_pass(dtype, instructions, backward=False)) for shape, dtype, instructions, _ in _SLABS),
@@ -155,9 +172,16 @@ def _bench(shape: tuple[int, ...], quick: bool, *, backward: bool) -> BenchCase:
 
     of, variant, passes = (both, "bf16, forward and backward", 5) if backward else (forward, "bf16, forward", 2)
     return BenchCase(
-        op="group_norm", variant=variant, shape=shape, inputs=inputs, fastcm=of(kernels.group_norm),
-        reference=of(_group_norm.group_norm_reference), bytes=passes * 2 * math.prod(shape), rtol=2e-2, quick=quick,
-    )  # fmt: skip
+        op="group_norm",
+        variant=variant,
+        shape=shape,
+        inputs=inputs,
+        fastcm=of(kernels.group_norm),
+        reference=of(_group_norm.group_norm_reference),
+        bytes=passes * 2 * math.prod(shape),
+        rtol=2e-2,
+        quick=quick,
+    )
 
 
 # Norms of the networks for digits, CIFAR-10, ImageNet 64x64 and LSUN 256x256, batch 1 to 512.

@@ -76,9 +76,7 @@ _RESCALE = Budget(instructions=13, bytes_per_element=8, load_bits={128: 2}, stor
 _CAST = Budget(instructions=14, bytes_per_element=6, load_bits={128: 2}, store_bits={128: 1, 32: 2})
 
 AOT_CASES = [
-    _precondition_case(
-        "fp32", Budget(instructions=7, bytes_per_element=12, load_bits={128: 4}, store_bits={128: 2}), dtype=torch.float32
-    ),
+    _precondition_case("fp32", Budget(instructions=7, bytes_per_element=12, load_bits={128: 4}, store_bits={128: 2}), dtype=torch.float32),
     _precondition_case("bf16 F", Budget(instructions=11, bytes_per_element=10, load_bits={128: 3}, store_bits={128: 2})),
     _precondition_case(
         "bf16 F channels-last", Budget(instructions=14, bytes_per_element=10, load_bits={128: 2}, store_bits={128: 2}), last=True
@@ -128,9 +126,15 @@ def _precondition_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
         return _random(shape, device, 0), _random(shape, device, 1, torch.bfloat16), *_random_coefficients(shape[0], device, 2, 2)
 
     return BenchCase(
-        op="precondition", variant="bf16 F", shape=shape, inputs=inputs, fastcm=kernels.precondition,
-        reference=_precondition.precondition_reference, bytes=10 * math.prod(shape), quick=quick,
-    )  # fmt: skip
+        op="precondition",
+        variant="bf16 F",
+        shape=shape,
+        inputs=inputs,
+        fastcm=kernels.precondition,
+        reference=_precondition.precondition_reference,
+        bytes=10 * math.prod(shape),
+        quick=quick,
+    )
 
 
 def _distance_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
@@ -151,9 +155,15 @@ def _distance_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
         return value_and_gradient
 
     return BenchCase(
-        op="distance", variant="pseudo_huber, value and gradient", shape=shape, inputs=inputs, fastcm=both(kernels.distance),
-        reference=both(_distance.distance_reference), bytes=20 * math.prod(shape), quick=quick,
-    )  # fmt: skip
+        op="distance",
+        variant="pseudo_huber, value and gradient",
+        shape=shape,
+        inputs=inputs,
+        fastcm=both(kernels.distance),
+        reference=both(_distance.distance_reference),
+        bytes=20 * math.prod(shape),
+        quick=quick,
+    )
 
 
 BENCH_CASES = [

@@ -134,9 +134,16 @@ def _normal_case(shape: tuple[int, ...], quick: bool) -> BenchCase:
         return torch.randn(shape, device=seed.device)
 
     return BenchCase(
-        op="philox", variant="normal", shape=shape, inputs=inputs, fastcm=normal, reference=reference, idiom=idiom,
-        bytes=4 * math.prod(shape), quick=quick,
-    )  # fmt: skip
+        op="philox",
+        variant="normal",
+        shape=shape,
+        inputs=inputs,
+        fastcm=normal,
+        reference=reference,
+        idiom=idiom,
+        bytes=4 * math.prod(shape),
+        quick=quick,
+    )
 
 
 def _inject_case(shape: tuple[int, ...], quick: bool) -> BenchCase:
@@ -162,9 +169,16 @@ def _inject_case(shape: tuple[int, ...], quick: bool) -> BenchCase:
         return x_hi, x_lo, (c_hi * x_hi).bfloat16(), (c_lo * x_lo).bfloat16()
 
     return BenchCase(
-        op="perturb", variant="uint8, pair, bf16 copies", shape=shape, inputs=inputs, fastcm=perturb, reference=reference, idiom=idiom,
-        bytes=13 * elements, quick=quick,
-    )  # fmt: skip
+        op="perturb",
+        variant="uint8, pair, bf16 copies",
+        shape=shape,
+        inputs=inputs,
+        fastcm=perturb,
+        reference=reference,
+        idiom=idiom,
+        bytes=13 * elements,
+        quick=quick,
+    )
 
 
 def _renoise_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
@@ -185,9 +199,16 @@ def _renoise_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
         return D_x.clamp(-1, 1) + scale * torch.randn_like(D_x)
 
     return BenchCase(
-        op="renoise", variant="clip", shape=shape, inputs=inputs, fastcm=renoise, reference=reference, idiom=idiom,
-        bytes=8 * math.prod(shape), quick=quick,
-    )  # fmt: skip
+        op="renoise",
+        variant="clip",
+        shape=shape,
+        inputs=inputs,
+        fastcm=renoise,
+        reference=reference,
+        idiom=idiom,
+        bytes=8 * math.prod(shape),
+        quick=quick,
+    )
 
 
 def _to_uint8_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
@@ -198,9 +219,15 @@ def _to_uint8_bench(shape: tuple[int, ...], quick: bool) -> BenchCase:
         return _renoise.to_uint8_reference(D_x, "NHWC")
 
     return BenchCase(
-        op="to_uint8", variant="to NHWC", shape=shape, inputs=inputs, fastcm=kernels.to_uint8, reference=reference,
-        bytes=5 * math.prod(shape), quick=quick,
-    )  # fmt: skip
+        op="to_uint8",
+        variant="to NHWC",
+        shape=shape,
+        inputs=inputs,
+        fastcm=kernels.to_uint8,
+        reference=reference,
+        bytes=5 * math.prod(shape),
+        quick=quick,
+    )
 
 
 # A training batch per GPU, which stays in the second-level cache, and at least four times that cache.

@@ -28,9 +28,23 @@ def _step_case(kind: str, averages: int, low: torch.dtype | None = None, n: int 
         copies = [None if low is None else empty(n, low) for _ in range(2)]
         buffers = [empty(n) for _ in range(4 + averages)]
         return _optimizer._launch_fwd(
-            kind, buffers[0], grad, *buffers[1:3], empty(1, torch.int64), one, one, _EPS, 0.01, 1.0, *_BETAS,
-            buffers[4:], buffers[3], one, empty(averages), *copies,
-        )  # fmt: skip
+            kind,
+            buffers[0],
+            grad,
+            *buffers[1:3],
+            empty(1, torch.int64),
+            one,
+            one,
+            _EPS,
+            0.01,
+            1.0,
+            *_BETAS,
+            buffers[4:],
+            buffers[3],
+            one,
+            empty(averages),
+            *copies,
+        )
 
     copies = f", {str(low).removeprefix('torch.')} gradient and copies" if low else ""
     variant = f"{kind}, target, {averages} average{'s' * (averages != 1)}{copies}"
@@ -87,9 +101,23 @@ def _step_inputs(n: int, device: torch.device):
 def _whole_step(function):
     def step(param, grad, exp_avg, exp_avg_sq, target, average, step, lr, norm, mu, decay):
         function(
-            "radam", param, grad, exp_avg, exp_avg_sq, step=step, lr=lr, grad_norm=norm, betas=_BETAS, eps=_EPS, weight_decay=0.01,
-            clip=1.0, target=target, mu=mu, averages=(average,), decays=decay,
-        )  # fmt: skip
+            "radam",
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step=step,
+            lr=lr,
+            grad_norm=norm,
+            betas=_BETAS,
+            eps=_EPS,
+            weight_decay=0.01,
+            clip=1.0,
+            target=target,
+            mu=mu,
+            averages=(average,),
+            decays=decay,
+        )
 
     return step
 
@@ -145,10 +173,17 @@ def _fused_adamw(params, grads, firsts, seconds, steps):
 def _step_bench(n: int, quick: bool) -> BenchCase:
     """RAdam with a target and one average: 44 bytes for each parameter. `fused` is torch's Adam, which has no fused RAdam."""
     return BenchCase(
-        op="optimizer_step", variant="radam, target, 1 average", shape=(n,), inputs=functools.partial(_step_inputs, n),
-        fastcm=_whole_step(kernels.optimizer_step), reference=_whole_step(_optimizer.optimizer_step_reference),
-        variants={"foreach": _foreach(_radam), "fused": _foreach(_fused_adamw)}, bytes=44 * n, in_place=True, quick=quick,
-    )  # fmt: skip
+        op="optimizer_step",
+        variant="radam, target, 1 average",
+        shape=(n,),
+        inputs=functools.partial(_step_inputs, n),
+        fastcm=_whole_step(kernels.optimizer_step),
+        reference=_whole_step(_optimizer.optimizer_step_reference),
+        variants={"foreach": _foreach(_radam), "fused": _foreach(_fused_adamw)},
+        bytes=44 * n,
+        in_place=True,
+        quick=quick,
+    )
 
 
 def _ema_bench(n: int, quick: bool) -> BenchCase:
@@ -160,9 +195,17 @@ def _ema_bench(n: int, quick: bool) -> BenchCase:
         torch._foreach_lerp_(averages, sources, 1e-3)
 
     return BenchCase(
-        op="ema_update", variant="decay on the device", shape=(n,), inputs=inputs, fastcm=kernels.ema_update,
-        reference=_ema.ema_update_reference, variants={"foreach": foreach}, bytes=12 * n, in_place=True, quick=quick,
-    )  # fmt: skip
+        op="ema_update",
+        variant="decay on the device",
+        shape=(n,),
+        inputs=inputs,
+        fastcm=kernels.ema_update,
+        reference=_ema.ema_update_reference,
+        variants={"foreach": foreach},
+        bytes=12 * n,
+        in_place=True,
+        quick=quick,
+    )
 
 
 BENCH_CASES = [

@@ -118,9 +118,12 @@ def page(results: dict[str, dict], facts: dict, *, quick: bool) -> str:
     rows = [row(fault, results.get(str(fault.number), missing)) for fault in FAULTS]
     passed = sum(result["verdict"] == "pass" for result in results.values())
     return PAGE.format(
-        quick="3 kills, 200 mutants of each kind of file", count=passed, rows="\n".join(rows),
-        counts="Counts of the thin slice (--quick)" if quick else "Full counts", **facts,
-    )  # fmt: skip
+        quick="3 kills, 200 mutants of each kind of file",
+        count=passed,
+        rows="\n".join(rows),
+        counts="Counts of the thin slice (--quick)" if quick else "Full counts",
+        **facts,
+    )
 
 
 def write(path: Path, text: str) -> None:

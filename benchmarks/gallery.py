@@ -71,10 +71,15 @@ class Model:
             ("Published timesteps", "timesteps", " --timesteps 0,22,39 --grid 40", "Levels by the indices that papers give: 80 and 1.38."),
         ]
         return [
-            Shown(title, text, f"fastcm sample {self.run}{option} --report {seeds} --out {FOLDER}/{self.name}-{stem}.png",
-                  f"{FOLDER}/{self.name}-{stem}.png", f"{self.name}-{stem}.png")
+            Shown(
+                title,
+                text,
+                f"fastcm sample {self.run}{option} --report {seeds} --out {FOLDER}/{self.name}-{stem}.png",
+                f"{FOLDER}/{self.name}-{stem}.png",
+                f"{self.name}-{stem}.png",
+            )
             for title, stem, option, text in how
-        ]  # fmt: skip
+        ]
 
     def edits(self) -> list[Shown]:
         image = f"--image {FOLDER}/{self.name}-picture.png"
@@ -83,16 +88,25 @@ class Model:
             ("Inpainting", "inpaint", f"{image} --box {self.box} {seeds}", "Known pixels come back as they were, to the bit."),
             ("Super-resolution", "superres", f"{image} --factor {self.factor} {seeds}", "Every patch keeps its mean."),
             ("Stroke-guided", "stroke", f"--image {FOLDER}/{self.name}-painting.png {seeds}", "From a rough painting."),
-            ("Denoising", "denoise", f"--image {FOLDER}/{self.name}-noisy.npy --sigma {self.sigma:g}{self.labels}",
-             f"One call on the picture with noise of deviation {self.sigma:g}; an array, because a picture file would clip the noise."),
-        ]  # fmt: skip
+            (
+                "Denoising",
+                "denoise",
+                f"--image {FOLDER}/{self.name}-noisy.npy --sigma {self.sigma:g}{self.labels}",
+                f"One call on the picture with noise of deviation {self.sigma:g}; an array, because a picture file would clip the noise.",
+            ),
+        ]
         if self.colour:
             asked.insert(1, ("Colorization", "colorize", f"{image} {seeds}", "Every pixel keeps its luminance."))
         shown = [
-            Shown(title, text, f"fastcm edit {task} {self.run} {options} --out {self.run}/{task}.png", f"{self.run}/{task}-compare.png",
-                  f"{self.name}-{task}.png")
+            Shown(
+                title,
+                text,
+                f"fastcm edit {task} {self.run} {options} --out {self.run}/{task}.png",
+                f"{self.run}/{task}-compare.png",
+                f"{self.name}-{task}.png",
+            )
             for title, task, options, text in asked
-        ]  # fmt: skip
+        ]
         way = f"fastcm edit interpolate {self.run} --seeds 0,1{self.labels} --out {self.run}/interpolate.png"
         strip = "Sixteen steps along the great circle between two seeds' noise, one call each."
         animation = "The same as the animation that the command leaves beside the strip."
@@ -118,8 +132,7 @@ MODELS = {
     model.name: model
     for model in (
         Model("digits", picture=13, labels=" --labels 3", box="0,4,8,8", factor=2, patch=1, sigma=1.0, colour=False),
-        Model("emoji32", picture=864, labels="", box="0,16,32,32", factor=4, patch=4, sigma=0.5, colour=True,
-              budget=" --duration 64kimg"),
+        Model("emoji32", picture=864, labels="", box="0,16,32,32", factor=4, patch=4, sigma=0.5, colour=True, budget=" --duration 64kimg"),
     )
 }
 

@@ -297,9 +297,14 @@ def unfolded(model: Model) -> Path:
         inputs = (noise,) if model.classes is None else (noise, torch.arange(2) % model.classes)
         with quiet(), torch.no_grad():
             torch.onnx.export(
-                Unfolded(model.denoiser()).eval(), inputs, Path(folder.name) / "model.onnx", dynamo=True, verbose=False,
-                input_names=["noise", "labels"][: len(inputs)], dynamic_shapes=tuple({0: "batch"} for _ in inputs),
-            )  # fmt: skip
+                Unfolded(model.denoiser()).eval(),
+                inputs,
+                Path(folder.name) / "model.onnx",
+                dynamo=True,
+                verbose=False,
+                input_names=["noise", "labels"][: len(inputs)],
+                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+            )
         _exports[name] = folder
     return Path(_exports[name].name) / "model.onnx"
 
@@ -346,7 +351,15 @@ def fastcm_compile(job: Job) -> Start:
 BACKENDS: dict[str, Callable[[Job], Start]] = {
     backend.__name__: backend
     for backend in (
-        eager, diffusers, fastcm, onnxruntime_cpu, onnxruntime_seeded, onnxruntime_unfolded, onnxruntime_cuda,
-        fastcm_compile, compile, compile_max,
-    )  # fmt: skip
+        eager,
+        diffusers,
+        fastcm,
+        onnxruntime_cpu,
+        onnxruntime_seeded,
+        onnxruntime_unfolded,
+        onnxruntime_cuda,
+        fastcm_compile,
+        compile,
+        compile_max,
+    )
 }

@@ -48,9 +48,13 @@ def floor_row(job: Job, identity: Row) -> Row:
     flops, weight_bytes = job.batch * forward_flops(job.model), weights * dtype.itemsize
     seconds = max(flops / gemm, weight_bytes / copy)
     return {
-        **identity, "floor_ms": rounded(1000 * seconds), "gflop": rounded(flops / 1e9), "weight_mb": rounded(weight_bytes / 1e6),
-        "gemm_gflop_s": rounded(gemm / 1e9), "copy_gb_s": rounded(copy / 1e9),
-    }  # fmt: skip
+        **identity,
+        "floor_ms": rounded(1000 * seconds),
+        "gflop": rounded(flops / 1e9),
+        "weight_mb": rounded(weight_bytes / 1e6),
+        "gemm_gflop_s": rounded(gemm / 1e9),
+        "copy_gb_s": rounded(copy / 1e9),
+    }
 
 
 def profile_row(job: Job, identity: Row) -> Row:

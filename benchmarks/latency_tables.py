@@ -159,4 +159,3 @@ def pages(content: dict | None) -> dict[str, str]:
     missing = "Not measured yet."
     makers = {"latency": short_table, "floors": floor_table, "latencies": long_table, "starts": start_table, "profile": profile_table}
     return {name: make(content) if content else missing for name, make in makers.items()}
-

@@ -86,24 +86,27 @@ MODELS = {
         _digits(),
         # 8.0 M weights, for colour pictures on a CPU.
         Model(
-            "colour32", "adm",
-            {
-                "resolution": 32, "channels": 64, "channel_mult": (1, 2, 2), "blocks": 2, "attention_resolutions": (16, 8),
-                "num_classes": 10,
-            },
-            (1, 4, 16), train_batches={"cpu": (8,), "cuda": (128, 512)}, compiled_on_cpu=True,
+            "colour32",
+            "adm",
+            {"resolution": 32, "channels": 64, "channel_mult": (1, 2, 2), "blocks": 2, "attention_resolutions": (16, 8), "num_classes": 10},
+            (1, 4, 16),
+            train_batches={"cpu": (8,), "cuda": (128, 512)},
+            compiled_on_cpu=True,
         ),
         # EDM's DDPM++ for CIFAR-10 (Karras et al. 2022, Table 7), 55.7 M.
         Model("cifar10", "song", {"resolution": 32}, (1, 4), train_batches={"cpu": (2,), "cuda": (128, 512)}),
         # The published consistency models: ImageNet 64x64, 295.9 M, and LSUN 256x256, 526.3 M (Song et al. 2023, Table 3).
         Model("imagenet64", "adm", {"resolution": 64, "num_classes": 1000}, train_batches={"cpu": (1,), "cuda": (32, 128)}, in_onnx=False),
         Model(
-            "lsun256", "adm",
+            "lsun256",
+            "adm",
             {"resolution": 256, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2, "scale_shift_norm": False},
-            cuda_batches=(1, 4), train_batches={"cuda": (4,)}, in_onnx=False,
+            cuda_batches=(1, 4),
+            train_batches={"cuda": (4,)},
+            in_onnx=False,
         ),
     )
-}  # fmt: skip
+}
 
 
 def parameters(model: Model) -> int:

@@ -30,38 +30,76 @@ def field(name: str, form: str = "{}") -> Cell:
 
 TABLES = {
     "decoding": PageTable(
-        "docs/data.md", "data-*.json", lambda row: row["op"] == "decode" and row["backend"] == "fastcm",
-        {"pictures": field("pictures"), "count": field("count", "{:,}"), "images/s": field("images_per_s", "{:,.0f}"),
-         "of Pillow alone": field("percent_of_pillow", "{:.0f} %")},
+        "docs/data.md",
+        "data-*.json",
+        lambda row: row["op"] == "decode" and row["backend"] == "fastcm",
+        {
+            "pictures": field("pictures"),
+            "count": field("count", "{:,}"),
+            "images/s": field("images_per_s", "{:,.0f}"),
+            "of Pillow alone": field("percent_of_pillow", "{:.0f} %"),
+        },
     ),
     "waiting": PageTable(
-        "docs/data.md", "data-*.json", lambda row: row["op"] == "wait",
-        {"network": field("model"), "batch": field("batch"), "step, ms": field("step_ms", "{:,.0f}"),
-         "waiting": field("percent_of_step", "{:.2g} %")},
+        "docs/data.md",
+        "data-*.json",
+        lambda row: row["op"] == "wait",
+        {
+            "network": field("model"),
+            "batch": field("batch"),
+            "step, ms": field("step_ms", "{:,.0f}"),
+            "waiting": field("percent_of_step", "{:.2g} %"),
+        },
     ),
     "opening": PageTable(
-        "docs/data.md", "data-*.json", lambda row: row["op"] == "open",
+        "docs/data.md",
+        "data-*.json",
+        lambda row: row["op"] == "open",
         {"pictures in the cache": field("pictures", "{:,}"), "to the first batch, ms": field("p50_ms", "{:.0f}")},
     ),
     "long jobs": PageTable(
-        "docs/generation.md", "generation-*.json", lambda row: True,
-        {"model": field("model"), "images": field("images", "{:,}"), "to": field("output"), "images/s": field("images_per_s", "{:,.0f}"),
-         "network": field("network_percent", "{:.1f} %"), "noise": field("noise_percent", "{:.1f} %"),
-         "to uint8": field("uint8_percent", "{:.1f} %")},
+        "docs/generation.md",
+        "generation-*.json",
+        lambda row: True,
+        {
+            "model": field("model"),
+            "images": field("images", "{:,}"),
+            "to": field("output"),
+            "images/s": field("images_per_s", "{:,.0f}"),
+            "network": field("network_percent", "{:.1f} %"),
+            "noise": field("noise_percent", "{:.1f} %"),
+            "to uint8": field("uint8_percent", "{:.1f} %"),
+        },
     ),
     "exports": PageTable(
-        "docs/deploy.md", "export-*.json", lambda row: True,
-        {"network": field("model"), "weights": field("parameters", "{:,}"), "seconds": field("seconds", "{:.0f}"),
-         "peak memory, GB": field("peak_gb", "{:.2g}"), "file, GB": field("file_gb", "{:.2g}"),
-         "largest error": field("max_error", "{:.1e}")},
+        "docs/deploy.md",
+        "export-*.json",
+        lambda row: True,
+        {
+            "network": field("model"),
+            "weights": field("parameters", "{:,}"),
+            "seconds": field("seconds", "{:.0f}"),
+            "peak memory, GB": field("peak_gb", "{:.2g}"),
+            "file, GB": field("file_gb", "{:.2g}"),
+            "largest error": field("max_error", "{:.1e}"),
+        },
     ),
     "serving": PageTable(
-        "docs/deploy.md", "serve-*.json", lambda row: True,
-        {"network": field("model"), "clients": field("concurrency"), "requests": field("requests", "{:,}"), "failed": field("failed"),
-         "images/s": field("images_per_s", "{:,.3g}"), "of the generator alone": field("percent_of_generator", "{:.0f} %"),
-         "p50, ms": field("p50_ms", "{:,.0f}"), "p99, ms": field("p99_ms", "{:,.0f}")},
+        "docs/deploy.md",
+        "serve-*.json",
+        lambda row: True,
+        {
+            "network": field("model"),
+            "clients": field("concurrency"),
+            "requests": field("requests", "{:,}"),
+            "failed": field("failed"),
+            "images/s": field("images_per_s", "{:,.3g}"),
+            "of the generator alone": field("percent_of_generator", "{:.0f} %"),
+            "p50, ms": field("p50_ms", "{:,.0f}"),
+            "p99, ms": field("p99_ms", "{:,.0f}"),
+        },
     ),
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,9 +28,15 @@ from fastcm.errors import RunError
 
 THREADS, SEEDS, GROWTH = 4, 8, 0.02
 SMALL = {
-    "network.channels": 8, "network.head_channels": 8, "network.channel_mult": (1, 2), "network.blocks": 1, "batch": 16,
-    "precision": "fp32", "device": "cpu", "compile": "off",
-}  # fmt: skip
+    "network.channels": 8,
+    "network.head_channels": 8,
+    "network.channel_mult": (1, 2),
+    "network.blocks": 1,
+    "batch": 16,
+    "precision": "fp32",
+    "device": "cpu",
+    "compile": "off",
+}
 STEPS = 20
 
 

@@ -48,10 +48,16 @@ class Job:
     def config(self) -> TrainConfig:
         """Consistency training with three evaluation averages, as published: Song et al. 2023, Table 3, with l2 for LPIPS."""
         return TrainConfig(
-            preset=self.model.name, method="ct", data=self.model.name, network={"kind": self.model.kind, **self.model.options},
-            noise=self.model.preconditioning, objective=presets.objective("ct"),
-            optimizer=OptimizerConfig(lr=1e-4, ema_halflife_kimg=(500.0, 1000.0, 2000.0)), batch=self.batch, duration_kimg=5000.0,
-        )  # fmt: skip
+            preset=self.model.name,
+            method="ct",
+            data=self.model.name,
+            network={"kind": self.model.kind, **self.model.options},
+            noise=self.model.preconditioning,
+            objective=presets.objective("ct"),
+            optimizer=OptimizerConfig(lr=1e-4, ema_halflife_kimg=(500.0, 1000.0, 2000.0)),
+            batch=self.batch,
+            duration_kimg=5000.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,15 @@ def synchronize(device: torch.device) -> None:
 def _trainer(name: str, job: Job, network: torch.nn.Module, compiled: bool) -> Backend:
     network = network.to(job.device).train()
     trainer = Trainer(
-        job.config(), network, copy.deepcopy(network).requires_grad_(False), dataset(job.model),
-        device=job.device, precision=job.precision_of(name), compiled=compiled, processes=job.processes,
-    )  # fmt: skip
+        job.config(),
+        network,
+        copy.deepcopy(network).requires_grad_(False),
+        dataset(job.model),
+        device=job.device,
+        precision=job.precision_of(name),
+        compiled=compiled,
+        processes=job.processes,
+    )
 
     def loss() -> float:
         if trainer.microbatch < trainer.share:  # the trainer helps itself; a benchmark is of whole batches

@@ -30,9 +30,13 @@ def main() -> None:
         processes.use(device)
         model = MODELS[settings["model"]]
         job = Job(
-            replace(model, options={**model.options, **settings["options"]}), settings["batch"], device, settings["precision"],
-            settings["precision"], processes,
-        )  # fmt: skip
+            replace(model, options={**model.options, **settings["options"]}),
+            settings["batch"],
+            device,
+            settings["precision"],
+            settings["precision"],
+            processes,
+        )
         name, seconds = settings["backend"], settings["seconds"]
         row = one_step(job, name) if seconds is None else many_steps(job, name, seconds)
         if processes.is_writer:
@@ -73,9 +77,14 @@ def resident_bytes(field: str) -> int:
 def ask(job: Job, name: str, *, seconds: float | None, processes: int = 1) -> Row:
     """What `processes` children say of the job; seconds: None for the memory of a step. RuntimeError: the last line of one that fails."""
     settings = {
-        "model": job.model.name, "options": job.model.options, "batch": job.batch,
-        "device": job.device.type, "precision": job.precision_of(name), "backend": name, "seconds": seconds,
-    }  # fmt: skip
+        "model": job.model.name,
+        "options": job.model.options,
+        "batch": job.batch,
+        "device": job.device.type,
+        "precision": job.precision_of(name),
+        "backend": name,
+        "seconds": seconds,
+    }
     command = [sys.executable, "-m", "fastcm.benchmarks.train_child", json.dumps(settings)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

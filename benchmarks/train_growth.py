@@ -19,10 +19,11 @@ AXES = ("batch", "resolution", "parameters", "processes")
 VARIED = {
     "cpu": ("digits", 64, {"batch": (8, 32, 128, 512), "resolution": (8, 16, 32), "parameters": (24, 48, 96), "processes": (1, 2)}),
     "cuda": (
-        "cifar10", 128,
+        "cifar10",
+        128,
         {"batch": (16, 64, 256, 1024), "resolution": (32, 64), "parameters": (64, 128, 256), "processes": (1, 2, 4, 8)},
     ),
-}  # fmt: skip
+}
 # Batches whose memory is measured on a CPU; on CUDA the largest that fits is looked for.
 CPU_BATCHES = {"digits": (64, 512), "colour32": (8, 16)}
 LARGEST_BATCH = 4096
@@ -54,9 +55,16 @@ def scaling_jobs(device: torch.device, make: partial) -> Iterator[tuple[str, dic
 
 def scaling_identity(axis: str, value: int, job: Job) -> Row:
     return {
-        "bench": "train", "op": "scaling", "model": job.model.name, "axis": axis, "value": value, "batch": job.batch, "backend": "fastcm",
-        "device": job.device.type, "precision": job.precision_of("fastcm"),
-    }  # fmt: skip
+        "bench": "train",
+        "op": "scaling",
+        "model": job.model.name,
+        "axis": axis,
+        "value": value,
+        "batch": job.batch,
+        "backend": "fastcm",
+        "device": job.device.type,
+        "precision": job.precision_of("fastcm"),
+    }
 
 
 def measure_axis(axis: str, jobs: dict[int, Job], limit: Limits) -> list[Row]:
@@ -94,9 +102,15 @@ def memory_jobs(device: torch.device, models: list[Model], make: partial) -> Ite
 
 def memory_identity(name: str, recomputed: bool, job: Job) -> Row:
     return {
-        "bench": "train", "op": "memory", "model": job.model.name, "value": job.batch, "backend": name, "recomputed": recomputed,
-        "device": job.device.type, "precision": job.precision_of(name),
-    }  # fmt: skip
+        "bench": "train",
+        "op": "memory",
+        "model": job.model.name,
+        "value": job.batch,
+        "backend": name,
+        "recomputed": recomputed,
+        "device": job.device.type,
+        "precision": job.precision_of(name),
+    }
 
 
 def measure_memory(name: str, recomputed: bool, job: Job) -> Row:

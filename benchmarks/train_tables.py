@@ -9,12 +9,18 @@ from fastcm.benchmarks.step_split import PHASES
 NOT_ON_GPU = "GPU: not measured; `make gpu STAGE=train` does it in one command."
 NOT_MEASURED = "Not measured yet."
 NAMES = {
-    "published_step": "published step", "compile": "published step, compiled", "fastcm": "fastcm", "fastcm_compile": "fastcm, compiled",
-}  # fmt: skip
+    "published_step": "published step",
+    "compile": "published step, compiled",
+    "fastcm": "fastcm",
+    "fastcm_compile": "fastcm, compiled",
+}
 NETWORKS = {
-    "digits": "digits, 8x8", "colour32": "colour, 32x32", "cifar10": "CIFAR-10 DDPM++", "imagenet64": "ImageNet-64 ADM",
+    "digits": "digits, 8x8",
+    "colour32": "colour, 32x32",
+    "cifar10": "CIFAR-10 DDPM++",
+    "imagenet64": "ImageNet-64 ADM",
     "lsun256": "LSUN-256 ADM",
-}  # fmt: skip
+}
 AXES = {"batch": "batch", "resolution": "pixels a side", "parameters": "channels", "processes": "processes"}
 
 
@@ -91,12 +97,22 @@ def step_table(content: dict) -> str:
     lines = []
     for row in _rows(content, "step"):
         share = row.get("mfu_percent", row.get("percent_of_matmul"))
-        lines.append([
-            NETWORKS[row["model"]], str(row["batch"]), NAMES[row["backend"]], row["precision"], number(row["p50_ms"]),
-            number(row["p20_ms"]), number(row["p80_ms"]), number(row["images_per_s"]),
-            _times(row, "speedup_over_published_step"), number(share),
-            number(row.get("peak_memory_gb")), number(row["startup_s"]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                NETWORKS[row["model"]],
+                str(row["batch"]),
+                NAMES[row["backend"]],
+                row["precision"],
+                number(row["p50_ms"]),
+                number(row["p20_ms"]),
+                number(row["p80_ms"]),
+                number(row["images_per_s"]),
+                _times(row, "speedup_over_published_step"),
+                number(share),
+                number(row.get("peak_memory_gb")),
+                number(row["startup_s"]),
+            ]
+        )
     share = "% of a product" if content["machine"]["gpu"] is None else "MFU, %"
     head = ["network", "batch", "step", "precision", "p50, ms", "p20", "p80", "images/s", "times published", share]
     return markdown([*head, "peak, GB", "first step, s"], lines)
@@ -115,11 +131,15 @@ def scaling_table(content: dict) -> str:
     """Images per second of fastcm's step along each axis."""
     lines = [
         [
-            NETWORKS[row["model"]].split(",")[0], f"{row['value']} {AXES[row['axis']]}", str(row["batch"]),
-            f"{row['parameters'] / 1e6:.3g} M", number(row["images_per_s"]), number(row["p50_ms"]),
+            NETWORKS[row["model"]].split(",")[0],
+            f"{row['value']} {AXES[row['axis']]}",
+            str(row["batch"]),
+            f"{row['parameters'] / 1e6:.3g} M",
+            number(row["images_per_s"]),
+            number(row["p50_ms"]),
         ]
         for row in _rows(content, "scaling")
-    ]  # fmt: skip
+    ]
     return markdown(["network", "varied", "batch", "weights", "images/s", "p50, ms"], lines)
 
 
@@ -174,4 +194,3 @@ def with_sections(text: str, made: dict[str, str]) -> str:
         if first and second:
             text = f"{before}{mark}\n{body}\n{mark}{after}"
     return text
-

@@ -29,9 +29,7 @@ class Comparison(NamedTuple):
     worst_seed: int
 
 
-def check_images(
-    run: Run, reference: Program, contract: Contract, *, name: str, batches: Sequence[int] = BATCHES
-) -> list[Comparison]:
+def check_images(run: Run, reference: Program, contract: Contract, *, name: str, batches: Sequence[int] = BATCHES) -> list[Comparison]:
     """A comparison per batch size, or RunError naming the worst seed. run: feeds of a batch -> its images.
 
     reference: the program in fp32, whatever the graph's precision.

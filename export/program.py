@@ -53,9 +53,14 @@ class Program(nn.Module):
     def edit(self, known: Tensor, project: editing.Projection, noise: Tensor, labels: Tensor | None) -> Tensor:
         levels = iter(self.levels)  # `edit` visits them in order, each at its own sigma
         images = editing.edit(
-            lambda x, sigma, labels: next(levels)(x, labels), self.given(noise), known,
-            project=project, sigmas=self.sigmas, sigma_min=self.sigma_min, labels=labels,
-        )  # fmt: skip
+            lambda x, sigma, labels: next(levels)(x, labels),
+            self.given(noise),
+            known,
+            project=project,
+            sigmas=self.sigmas,
+            sigma_min=self.sigma_min,
+            labels=labels,
+        )
         return self.finish(images)
 
     def finish(self, images: Tensor) -> Tensor:

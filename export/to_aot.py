@@ -31,9 +31,18 @@ class Compiled(NamedTuple):
 
 
 def export_aot(
-    denoiser: Denoiser, info: dict, *, out: Path, steps: int | None = None, sigmas: Iterable[float] | None = None,
-    batch: int | None = None, uint8: bool = False, seeded: bool = False, task: str = "generate", factor: int | None = None,
-) -> Compiled:  # fmt: skip
+    denoiser: Denoiser,
+    info: dict,
+    *,
+    out: Path,
+    steps: int | None = None,
+    sigmas: Iterable[float] | None = None,
+    batch: int | None = None,
+    uint8: bool = False,
+    seeded: bool = False,
+    task: str = "generate",
+    factor: int | None = None,
+) -> Compiled:
     """Compiles the generator, or an editing task, to `out`; arguments as in `export_onnx`. fp32, for CPUs with this one's instructions.
 
     The package runs only beside the version of torch that made it. It gets its name after its images were compared with torch's.
@@ -61,11 +70,7 @@ def stated(contract: Contract) -> dict[str, str]:
     values = [(name, shape, dtype) for name, (shape, dtype) in contract.inputs.items()]
     shape, dtype = contract.output
     line = lambda name, shape, dtype: " ".join([name, dtype.__name__, *map(str, shape)])  # noqa: E731
-    return {
-        INPUTS: ";".join(line(*value) for value in values),
-        OUTPUT: line("images", shape, dtype),
-        BATCH: str(contract.batch or 0),
-    }
+    return {INPUTS: ";".join(line(*value) for value in values), OUTPUT: line("images", shape, dtype), BATCH: str(contract.batch or 0)}
 
 
 def compile_package(program, contract: Contract, path: Path, properties: dict[str, str]) -> None:
@@ -85,4 +90,3 @@ def package_run(path: Path):
     from fastcm.generation.aot_generator import AotGenerator
 
     return AotGenerator(path).run
-

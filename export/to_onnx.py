@@ -48,10 +48,22 @@ class Exported(NamedTuple):
 
 
 def export_onnx(
-    denoiser: Denoiser, info: dict, *, out: Path, steps: int | None = None, sigmas: Iterable[float] | None = None,
-    precision: str = "fp32", target: str = "ort", opset: int | None = None, batch: int | None = None, uint8: bool = False,
-    task: str = GENERATE, factor: int | None = None, seeded: bool = False, optimize: bool = False,
-) -> Exported:  # fmt: skip
+    denoiser: Denoiser,
+    info: dict,
+    *,
+    out: Path,
+    steps: int | None = None,
+    sigmas: Iterable[float] | None = None,
+    precision: str = "fp32",
+    target: str = "ort",
+    opset: int | None = None,
+    batch: int | None = None,
+    uint8: bool = False,
+    task: str = GENERATE,
+    factor: int | None = None,
+    seeded: bool = False,
+    optimize: bool = False,
+) -> Exported:
     """Writes the whole generator, or an editing task, as `out`; onnx_contract.py says what the graph takes and gives.
 
     precision: "fp32", or "fp16" for half weights and activations; skip and output scaling, inputs and outputs stay fp32.

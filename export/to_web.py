@@ -19,11 +19,13 @@ PACKAGE, TESTED = "onnxruntime-web", "1.30.0"
 RUNTIME = tuple(
     f"{stem}{suffix}"
     for stem, suffixes in (
-        ("ort.webgpu.min", (".mjs",)), ("ort-wasm-simd-threaded.asyncify", (".mjs", ".wasm")),
-        ("ort.wasm.min", (".mjs",)), ("ort-wasm-simd-threaded", (".mjs", ".wasm")),
+        ("ort.webgpu.min", (".mjs",)),
+        ("ort-wasm-simd-threaded.asyncify", (".mjs", ".wasm")),
+        ("ort.wasm.min", (".mjs",)),
+        ("ort-wasm-simd-threaded", (".mjs", ".wasm")),
     )
     for suffix in suffixes
-)  # fmt: skip
+)
 PAGE = Path(__file__).parent / "web"
 GRAPHS = {GENERATE: "model.onnx", INPAINT: "inpaint.onnx"}
 
@@ -37,9 +39,16 @@ class Web(NamedTuple):
 
 
 def export_web(
-    denoiser: Denoiser, info: dict, *, out: Path, runtime: Path | None = None, title: str = "fastcm", steps: int | None = None,
-    sigmas: Iterable[float] | None = None, precision: str = "fp32",
-) -> Web:  # fmt: skip
+    denoiser: Denoiser,
+    info: dict,
+    *,
+    out: Path,
+    runtime: Path | None = None,
+    title: str = "fastcm",
+    steps: int | None = None,
+    sigmas: Iterable[float] | None = None,
+    precision: str = "fp32",
+) -> Web:
     """Writes `out`, to be served by any static server; it asks no other host for anything.
 
     steps, sigmas: the noise levels of a new image; the graph that fills a mask has its own four. precision: of both, "fp32" or "fp16".

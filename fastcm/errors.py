@@ -8,8 +8,17 @@ from collections.abc import Iterable
 
 # What numpy and zipfile raise at damaged, encrypted or absurd .npy and .npz files.
 ARRAY_FILE_ERRORS = (
-    OSError, EOFError, ValueError, KeyError, IndexError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
-)  # fmt: skip
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 
 
 class InputError(ValueError):

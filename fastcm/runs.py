@@ -39,10 +39,17 @@ class Plan(NamedTuple):
 
 
 def plan(
-    preset: str | None = None, *, method: str | None = None, data: Source | None = None, teacher: str | None = None,
-    out: str | Path | None = None, network: nn.Module | None = None, changes: dict[str, Any] | None = None,
-    config_file: str | Path | None = None, complete: bool = True,
-) -> Plan:  # fmt: skip
+    preset: str | None = None,
+    *,
+    method: str | None = None,
+    data: Source | None = None,
+    teacher: str | None = None,
+    out: str | Path | None = None,
+    network: nn.Module | None = None,
+    changes: dict[str, Any] | None = None,
+    config_file: str | Path | None = None,
+    complete: bool = True,
+) -> Plan:
     """Resolves a run. changes: fields of TrainConfig, dotted for nested ones (`network.channels`), or the options' names (`lr`).
 
     config_file: settings in TOML or JSON, which the other arguments override. complete=False: a plan to look at, which may lack the data
@@ -67,10 +74,17 @@ def plan(
     if source is None and (complete or name == "folder"):
         raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
     unlabelled = own is not None and changes.get("network.num_classes", own.network["num_classes"]) is None
-    dataset = None if source is None else open_dataset(
-        source, resolution=resolution, classes=0 if unlabelled else None, bad_images=changes.get("bad_images", "fail"),
-        labels_file=changes.get("labels_file"),
-    )  # fmt: skip
+    dataset = (
+        None
+        if source is None
+        else open_dataset(
+            source,
+            resolution=resolution,
+            classes=0 if unlabelled else None,
+            bad_images=changes.get("bad_images", "fail"),
+            labels_file=changes.get("labels_file"),
+        )
+    )
     label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
     arguments = {"dataset": dataset, "data": label} if name == "folder" else {}
     config = presets.preset(name, method=method, teacher=teacher, **arguments)
@@ -130,15 +144,28 @@ def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
 def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None = None) -> RunResult:
     """Trains, or resumes what stands in the plan's folder; with `processes`, together with the other ones that call this."""
     return run(
-        ready.config, ready.out, dataset=ready.dataset, network=ready.network, teacher=ready.teacher, init=ready.init, callbacks=callbacks,
+        ready.config,
+        ready.out,
+        dataset=ready.dataset,
+        network=ready.network,
+        teacher=ready.teacher,
+        init=ready.init,
+        callbacks=callbacks,
         processes=processes,
-    )  # fmt: skip
+    )
 
 
 def train(
-    preset: str | None = None, *, network: nn.Module | None = None, data: Source | None = None, method: str | None = None,
-    teacher: str | None = None, out: str | Path | None = None, callbacks: Callbacks = (), **overrides: Any,
-) -> Generator:  # fmt: skip
+    preset: str | None = None,
+    *,
+    network: nn.Module | None = None,
+    data: Source | None = None,
+    method: str | None = None,
+    teacher: str | None = None,
+    out: str | Path | None = None,
+    callbacks: Callbacks = (),
+    **overrides: Any,
+) -> Generator:
     """Trains a model, or resumes the same call, and returns its generator.
 
     preset: a name of fastcm.presets; digits where neither it nor data is given, folder where only data is. network: any nn.Module

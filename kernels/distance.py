@@ -25,17 +25,26 @@ from fastcm.kernels.precondition import (
     precondition_reference,
     relative_layout,
     sample_block,
-)  # fmt: skip
+)
 
 KINDS = ("l1", "l2", "pseudo_huber")
 ONE_PROGRAM, CHUNK = 16384, 4096
 
 
 def distance(
-    x_student: Tensor, F_student: Tensor, c_skip_student: Tensor, c_out_student: Tensor,
-    x_target: Tensor, F_target: Tensor | None, c_skip_target: Tensor | None, c_out_target: Tensor | None,
-    weight: Tensor, *, kind: str, c: float = 0.0,
-) -> Tensor:  # fmt: skip
+    x_student: Tensor,
+    F_student: Tensor,
+    c_skip_student: Tensor,
+    c_out_student: Tensor,
+    x_target: Tensor,
+    F_target: Tensor | None,
+    c_skip_target: Tensor | None,
+    c_out_target: Tensor | None,
+    weight: Tensor,
+    *,
+    kind: str,
+    c: float = 0.0,
+) -> Tensor:
     """Return weight * d(D_student, D_target), fp32 [B]; its gradient to F_student is computed in the forward pass.
 
     x_*, F_*: float32, bfloat16 or float16 [B, C, H, W]; coefficients and weight fp32 [B] or [1]. F_target=None, with its coefficients
@@ -79,9 +88,21 @@ def _denoised(x, F_x, c_skip, c_out, i_b, o, m, N: tl.constexpr, INNER: tl.const
 
 @triton.jit
 def _difference(
-    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, i_b, o, m,
-    N: tl.constexpr, INNER: tl.constexpr, INNER_TARGET: tl.constexpr,
-):  # fmt: skip
+    x_student,
+    F_student,
+    c_skip_student,
+    c_out_student,
+    x_target,
+    F_target,
+    c_skip_target,
+    c_out_target,
+    i_b,
+    o,
+    m,
+    N: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_TARGET: tl.constexpr,
+):
     b_student = _denoised(x_student, F_student, c_skip_student, c_out_student, i_b, o, m, N, INNER)
     return b_student - _denoised(x_target, F_target, c_skip_target, c_out_target, i_b, o, m, N, INNER_TARGET)
 
@@ -108,14 +129,41 @@ def _finished(total, c, KIND: tl.constexpr):
 
 @triton.jit
 def _distance_fwd_kernel(
-    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, value, gradient, c,
-    N: tl.constexpr, INNER: tl.constexpr, INNER_TARGET: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_student,
+    F_student,
+    c_skip_student,
+    c_out_student,
+    x_target,
+    F_target,
+    c_skip_target,
+    c_out_target,
+    weight,
+    value,
+    gradient,
+    c,
+    N: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_TARGET: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_b, o, m = sample_block(N, BLOCK)
     d = _difference(
-        x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, i_b, o, m,
-        N, INNER, INNER_TARGET,
-    )  # fmt: skip
+        x_student,
+        F_student,
+        c_skip_student,
+        c_out_student,
+        x_target,
+        F_target,
+        c_skip_target,
+        c_out_target,
+        i_b,
+        o,
+        m,
+        N,
+        INNER,
+        INNER_TARGET,
+    )
     term, slope = _terms(d, N, KIND)
     distance_, factor = _finished(tl.sum(term, 0), c, KIND)
     w = tl.load(weight + i_b)
@@ -127,14 +175,40 @@ def _distance_fwd_kernel(
 
 @triton.jit
 def _distance_partial_kernel(
-    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, partial, gradient,
-    N: tl.constexpr, INNER: tl.constexpr, INNER_TARGET: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_student,
+    F_student,
+    c_skip_student,
+    c_out_student,
+    x_target,
+    F_target,
+    c_skip_target,
+    c_out_target,
+    weight,
+    partial,
+    gradient,
+    N: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_TARGET: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_b, o, m = sample_block(N, BLOCK)
     d = _difference(
-        x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, i_b, o, m,
-        N, INNER, INNER_TARGET,
-    )  # fmt: skip
+        x_student,
+        F_student,
+        c_skip_student,
+        c_out_student,
+        x_target,
+        F_target,
+        c_skip_target,
+        c_out_target,
+        i_b,
+        o,
+        m,
+        N,
+        INNER,
+        INNER_TARGET,
+    )
     term, slope = _terms(d, N, KIND)
     tl.store(partial + tl.program_id(0), tl.sum(term, 0))
     if gradient is not None:
@@ -144,9 +218,18 @@ def _distance_partial_kernel(
 
 @triton.jit
 def _distance_finish_kernel(
-    partial, weight, value, unscaled, gradient, c,
-    N: tl.constexpr, CHUNKS: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    partial,
+    weight,
+    value,
+    unscaled,
+    gradient,
+    c,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_b, o, m = sample_block(N if gradient is not None else BLOCK, BLOCK)
     o_chunk = tl.arange(0, PADDED)
     total = tl.sum(tl.load(partial + i_b * CHUNKS + o_chunk, o_chunk < CHUNKS, other=0.0), 0)
@@ -168,13 +251,22 @@ def _distance_bwd_kernel(gradient, upstream, stride, N: tl.constexpr, BLOCK: tl.
 
 
 def _launch_fwd(
-    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c,
-    needs_gradient,
-):  # fmt: skip
+    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c, needs_gradient
+):
     value, gradient = outputs = _empty_outputs(
-        x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c,
+        x_student,
+        F_student,
+        c_skip_student,
+        c_out_student,
+        x_target,
+        F_target,
+        c_skip_target,
+        c_out_target,
+        weight,
+        kind,
+        c,
         needs_gradient,
-    )  # fmt: skip
+    )
     batch, n = value.shape[0], F_student[0].numel() if F_student.shape[0] else 0
     if batch == 0 or n == 0:
         return value.zero_(), gradient
@@ -186,9 +278,11 @@ def _launch_fwd(
     weight = per_sample(weight, x_student)
     images = (x_student, F_student, *coefficients[:2], x_target, F_target, *coefficients[2:], weight)
     constants = {
-        "N": n, "KIND": kind, "INNER": relative_layout(x_student, F_student),
+        "N": n,
+        "KIND": kind,
+        "INNER": relative_layout(x_student, F_student),
         "INNER_TARGET": 0 if F_target is None else relative_layout(x_student, F_target),
-    }  # fmt: skip
+    }
     with launch.device_guard(x_student):
         if n <= ONE_PROGRAM:
             block, warps = block_and_warps(n, ONE_PROGRAM)
@@ -208,9 +302,19 @@ def _launch_split(images, value, gradient, c, constants):
     _distance_partial_kernel[(batch * chunks,)](*images, partial, unscaled, **constants, BLOCK=CHUNK, num_warps=16)
     block, warps = block_and_warps(n, 1024)
     _distance_finish_kernel[(batch * (triton.cdiv(n, block) if rescaled else 1),)](
-        partial, images[-1], value, unscaled if rescaled else None, gradient if rescaled else None, c,
-        N=n, CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), KIND=kind, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        partial,
+        images[-1],
+        value,
+        unscaled if rescaled else None,
+        gradient if rescaled else None,
+        c,
+        N=n,
+        CHUNKS=chunks,
+        PADDED=triton.next_power_of_2(chunks),
+        KIND=kind,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def _launch_bwd(gradient: Tensor, upstream: Tensor) -> None:
@@ -224,19 +328,27 @@ def _launch_bwd(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def _empty_outputs(
-    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c,
-    needs_gradient,
-):  # fmt: skip
+    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c, needs_gradient
+):
     value = torch.empty(x_student.shape[0], dtype=torch.float32, device=x_student.device)
     return value, torch.empty_like(dense(F_student)) if needs_gradient else F_student.new_empty(0)
 
 
 @torch.library.custom_op("fastcm::distance", mutates_args=())
 def _distance_op(
-    x_student: Tensor, F_student: Tensor, c_skip_student: Tensor, c_out_student: Tensor,
-    x_target: Tensor, F_target: Tensor | None, c_skip_target: Tensor | None, c_out_target: Tensor | None,
-    weight: Tensor, kind: str, c: float, needs_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_student: Tensor,
+    F_student: Tensor,
+    c_skip_student: Tensor,
+    c_out_student: Tensor,
+    x_target: Tensor,
+    F_target: Tensor | None,
+    c_skip_target: Tensor | None,
+    c_out_target: Tensor | None,
+    weight: Tensor,
+    kind: str,
+    c: float,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
     """(value, gradient to F_student or an empty tensor), on two buffers: on the CPU a fresh one costs more than a pass."""
     d = _denoised_in_place(x_student, F_student, c_skip_student, c_out_student)
     d.sub_(x_target if F_target is None else _denoised_in_place(x_target, F_target, c_skip_target, c_out_target))

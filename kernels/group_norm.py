@@ -15,15 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastcm.kernels import launch
-from fastcm.kernels.group_norm_tiles import (
-    activated,
-    affine,
-    centred_and_dv,
-    group_sum,
-    input_gradient,
-    slab_place,
-    statistics_of,
-)
+from fastcm.kernels.group_norm_tiles import activated, affine, centred_and_dv, group_sum, input_gradient, slab_place, statistics_of
 from fastcm.kernels.group_statistics import _launch_fwd as launch_statistics
 from fastcm.kernels.group_statistics import channel_tile, group_statistics_reference, group_tile, split_grid
 from fastcm.kernels.launch import tl, triton
@@ -31,9 +23,16 @@ from fastcm.kernels.precondition import FLOATS
 
 
 def group_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *,
-    eps: float = 1e-5, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
     """Return silu(norm(x) * (1 + scale) + shift) in x's dtype and memory format.
 
     x: [B, C, H, W] float32, bfloat16 or float16; groups divides C; weight, bias: [C] or None; scale, shift: [B, C] or both None, each in
@@ -74,10 +73,25 @@ def _normalized(x, groups, weight, bias, eps):
 
 @triton.jit
 def _group_norm_fwd_kernel(
-    x, weight, bias, scale, shift, stride, out, mean, rstd, eps, C: tl.constexpr, HW: tl.constexpr,
-    D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    stride,
+    out,
+    mean,
+    rstd,
+    eps,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     i_b, o_c, m_c, o, m = slab_place(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
     b_x = tl.load(x + o, m, other=0.0).to(tl.float32)
     b_mean = group_sum(tl.sum(b_x, 0), D, GROUPS) / (HW * D)
@@ -93,10 +107,26 @@ def _group_norm_fwd_kernel(
 
 @triton.jit
 def _group_norm_bwd_kernel(
-    x, grad, weight, bias, scale, shift, stride, mean, rstd, grad_x, sums, C: tl.constexpr, HW: tl.constexpr,
-    D: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    stride,
+    mean,
+    rstd,
+    grad_x,
+    sums,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     i_b, o_c, m_c, o, m = slab_place(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
     A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
@@ -112,9 +142,22 @@ def _group_norm_bwd_kernel(
 
 @triton.jit
 def _split_output_kernel(
-    x, weight, bias, scale, shift, stride, out, mean, rstd, C: tl.constexpr, HW: tl.constexpr,
-    D: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    stride,
+    out,
+    mean,
+    rstd,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
@@ -127,9 +170,24 @@ def _split_output_kernel(
 
 @triton.jit
 def _split_sums_kernel(
-    x, grad, weight, bias, scale, shift, stride, mean, rstd, partial, PIXELS, C: tl.constexpr, HW: tl.constexpr,
-    D: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    stride,
+    mean,
+    rstd,
+    partial,
+    PIXELS,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """S1 and S2 of each channel over PIXELS pixels."""
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     i_chunk = tl.program_id(1)
@@ -152,9 +210,21 @@ def _split_sums_kernel(
 
 @triton.jit
 def _split_reduce_kernel(
-    partial, weight, bias, scale, shift, stride, sums, means, CHUNKS, C: tl.constexpr, HW: tl.constexpr, D: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    partial,
+    weight,
+    bias,
+    scale,
+    shift,
+    stride,
+    sums,
+    means,
+    CHUNKS,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """S1 and S2 over all pixels, and the two means of a group, [B, 2, groups]."""
     i_group, i_b, o_c, m_c, _o_k, o, m = group_tile(CHUNKS, C, D, BLOCK_K, BLOCK_D)
     S1, S2 = tl.sum(tl.load(partial + o, m, other=0.0), 0), tl.sum(tl.load(partial + C + o, m, other=0.0), 0)
@@ -168,9 +238,24 @@ def _split_reduce_kernel(
 
 @triton.jit
 def _split_gradient_kernel(
-    x, grad, weight, bias, scale, shift, stride, mean, rstd, means, grad_x, C: tl.constexpr, HW: tl.constexpr,
-    D: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    grad,
+    weight,
+    bias,
+    scale,
+    shift,
+    stride,
+    mean,
+    rstd,
+    means,
+    grad_x,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
@@ -223,9 +308,7 @@ def _launch_fwd(x, groups, weight, bias, eps, scale, shift, silu):
             return outputs
         mean, rstd = launch_statistics(x, groups, eps)
         grid = split_grid(x, groups)
-        _split_output_kernel[(grid.columns, grid.tiles)](
-            x, *affine, out, mean, rstd, **constants, **grid.tile
-        )
+        _split_output_kernel[(grid.columns, grid.tiles)](x, *affine, out, mean, rstd, **constants, **grid.tile)
     return out, mean, rstd
 
 
@@ -240,16 +323,12 @@ def _launch_bwd(grad, x, groups, weight, bias, scale, shift, silu, mean, rstd):
     slab = slab_of(channels, groups, pixels, x.element_size(), backward=True)
     with launch.device_guard(x):
         if slab is not None:
-            _group_norm_bwd_kernel[(batch * triton.cdiv(channels, slab["CHANNELS"]),)](
-                *inputs, grad_x, sums, **constants, **slab
-            )
+            _group_norm_bwd_kernel[(batch * triton.cdiv(channels, slab["CHANNELS"]),)](*inputs, grad_x, sums, **constants, **slab)
             return outputs
         grid = split_grid(x, groups)
         partial = torch.empty((batch, grid.chunks, 2, channels), dtype=torch.float32, device=x.device)
         means = torch.empty((batch, 2, groups), dtype=torch.float32, device=x.device)
-        _split_sums_kernel[(grid.columns, grid.chunks)](
-            *inputs, partial, grid.chunk_pixels, **constants, **grid.tile
-        )
+        _split_sums_kernel[(grid.columns, grid.chunks)](*inputs, partial, grid.chunk_pixels, **constants, **grid.tile)
         _split_reduce_kernel[(batch * groups,)](
             partial, *affine, sums, means, grid.chunks, C=channels, HW=pixels, D=constants["D"], **grid.group_tile
         )
@@ -268,9 +347,8 @@ def _empty_gradients(grad, x, groups, weight, bias, scale, shift, silu, mean, rs
 
 @torch.library.custom_op("fastcm::group_norm", mutates_args=())
 def _group_norm_op(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mean, rstd)."""
     out = group_norm_reference(x, groups, weight, bias, eps=eps, scale=scale, shift=shift, silu=silu)
     return out, *group_statistics_reference(x, groups, eps)
@@ -278,9 +356,17 @@ def _group_norm_op(
 
 @torch.library.custom_op("fastcm::group_norm_backward", mutates_args=())
 def _backward_op(
-    grad: Tensor, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    silu: bool, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor]:
     """(gradient to x, S1 and S2 [B, 2, C])."""
     batch, channels = x.shape[:2]
     ones, zeros = torch.ones(batch, channels, device=x.device), torch.zeros(batch, channels, device=x.device)
@@ -332,9 +418,11 @@ def _check(x, groups, weight, bias, scale, shift):
     batch, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise ValueError(f"illegal value in group_norm(groups): {groups}. Use a divisor of the {channels} channels.")
-    for name, tensor, shape in (("weight", weight, (channels,)), ("bias", bias, (channels,)), *(
-        (name, tensor, (batch, channels)) for name, tensor in (("scale", scale), ("shift", shift))
-    )):
+    for name, tensor, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        *((name, tensor, (batch, channels)) for name, tensor in (("scale", scale), ("shift", shift))),
+    ):
         if tensor is not None:
             launch.check_tensor("group_norm", name, tensor, dtypes=FLOATS, shape=shape, like=x)
     if x.shape[1:].numel() >= 2**31:

@@ -42,9 +42,7 @@ def channel_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _group_statistics_partial_kernel(
-    x, partial, PIXELS, C: tl.constexpr, HW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _group_statistics_partial_kernel(x, partial, PIXELS, C: tl.constexpr, HW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and sum of squared deviations of each channel over PIXELS pixels. The first pixel is the origin, so nothing cancels."""
     i_b, o_c, m_c = channel_tile(C, BLOCK_C)
     i_chunk = tl.program_id(1)
@@ -79,9 +77,18 @@ def group_tile(CHUNKS, C: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, 
 
 @triton.jit
 def _group_statistics_merge_kernel(
-    partial, mean, rstd, PIXELS, CHUNKS, eps,
-    C: tl.constexpr, HW: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    partial,
+    mean,
+    rstd,
+    PIXELS,
+    CHUNKS,
+    eps,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Mean and 1 / std of a group from its chunks (Chan et al. 1983, Algorithms for computing the sample variance, Eq. 2.1)."""
     i_group, _i_b, _o_c, _m_c, o_k, o, m = group_tile(CHUNKS, C, D, BLOCK_K, BLOCK_D)
     b_mean, squares = tl.load(partial + o, m, other=0.0), tl.load(partial + C + o, m, other=0.0)

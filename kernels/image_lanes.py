@@ -20,9 +20,16 @@ def by_fours(N: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def lane_pointers(
-    p_sample, o, mirrored, SPAN: tl.constexpr, LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
+    p_sample,
+    o,
+    mirrored,
+    SPAN: tl.constexpr,
+    LANE: tl.constexpr,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
     LAST: tl.constexpr,
-):  # fmt: skip
+):
     """Pointers to one lane of the counters o. mirrored = 1 reads rows backwards: from the last element of SPAN neighbours, the nearest."""
     START: tl.constexpr = LANE * ((N + 3) // 4)
     if mirrored is not None:
@@ -40,9 +47,17 @@ def lane_pointers(
 
 @triton.jit
 def load_lane(
-    p_sample, o_i, o_first, mirrored, LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_sample,
+    o_i,
+    o_first,
+    mirrored,
+    LANE: tl.constexpr,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One lane of an image; mirrored (0, 1 or None) reads its rows backwards, LAST reads it from channels-last memory."""
     if by_fours(N, WIDTH) and (LAST or mirrored is not None):
         STEP: tl.constexpr = N // PLANE if LAST else 1
@@ -73,9 +88,17 @@ def byte_of(word, index, MATH: tl.constexpr):
 
 @triton.jit
 def load_byte_lane(
-    p_sample, o_first, mirrored, LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    p_sample,
+    o_first,
+    mirrored,
+    LANE: tl.constexpr,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One lane of bytes v as fp32 in [-1, 1], v BYTE_SCALE - 1 rounded once and without a conversion; only where `by_fours`."""
     p = lane_pointers(p_sample, o_first, mirrored, 4, LANE, N, PLANE, WIDTH, LAST)
     m_lane = lane_mask(o_first, LANE, N, BLOCK)

@@ -32,11 +32,26 @@ TICKET = tl.constexpr(1 << 40)
 
 
 def optimizer_step(
-    kind: str, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
-    step: Tensor, lr: Tensor, grad_norm: Tensor, betas: tuple[float, float], eps: float, weight_decay: float, clip: float | None,
-    target: Tensor | None = None, mu: Tensor | None = None, averages: Sequence[Tensor] = (), decays: Tensor | None = None,
-    low_precision: Tensor | None = None, target_low_precision: Tensor | None = None,
-) -> None:  # fmt: skip
+    kind: str,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    grad_norm: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip: float | None,
+    target: Tensor | None = None,
+    mu: Tensor | None = None,
+    averages: Sequence[Tensor] = (),
+    decays: Tensor | None = None,
+    low_precision: Tensor | None = None,
+    target_low_precision: Tensor | None = None,
+) -> None:
     """Apply one update in place to flat buffers, in one launch on CUDA.
 
     kind: "radam" or "adamw". param, exp_avg, exp_avg_sq, target, averages: fp32 [n], contiguous, one device; grad: fp32, bf16 or fp16
@@ -62,9 +77,26 @@ def optimizer_step(
 
 @torch.no_grad()
 def optimizer_step_reference(
-    kind, param, grad, exp_avg, exp_avg_sq, *, step, lr, grad_norm, betas, eps, weight_decay, clip,
-    target=None, mu=None, averages=(), decays=None, low_precision=None, target_low_precision=None,
-):  # fmt: skip
+    kind,
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    *,
+    step,
+    lr,
+    grad_norm,
+    betas,
+    eps,
+    weight_decay,
+    clip,
+    target=None,
+    mu=None,
+    averages=(),
+    decays=None,
+    low_precision=None,
+    target_low_precision=None,
+):
     """The definition, in torch, in place. On the CPU a gradient that is not finite returns at once; elsewhere the device decides."""
     accepted = torch.isfinite(grad_norm)
     n, width = param.numel(), max(param.numel(), 1)
@@ -178,9 +210,26 @@ def _follow(follower, copy, o, m, b_param, rate):
 
 @triton.jit
 def _update_block(
-    param, grad, exp_avg, exp_avg_sq, target, averages, decays, low_precision, target_low_precision, o, m, factor, decay, a, b, size, mu,
-    BETA1: tl.constexpr, BETA2: tl.constexpr,
-):  # fmt: skip
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    target,
+    averages,
+    decays,
+    low_precision,
+    target_low_precision,
+    o,
+    m,
+    factor,
+    decay,
+    a,
+    b,
+    size,
+    mu,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+):
     b_param = tl.load(param + o, m)
     b_grad = tl.load(grad + o, m).to(tl.float32) * factor
     b_avg = tl.load(exp_avg + o, m)
@@ -201,10 +250,29 @@ def _update_block(
 
 @triton.jit
 def _optimizer_step_fwd_kernel(
-    param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, mu, decays, target, averages, low_precision, target_low_precision,
-    n, eps, weight_decay, clip,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, RADAM: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    grad_norm,
+    mu,
+    decays,
+    target,
+    averages,
+    low_precision,
+    target_low_precision,
+    n,
+    eps,
+    weight_decay,
+    clip,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    RADAM: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_program, programs = tl.program_id(0), tl.num_programs(0)
     t = (tl.load(step) & (TICKET - 1)) + 1
     norm = tl.load(grad_norm)
@@ -220,15 +288,49 @@ def _optimizer_step_fwd_kernel(
         # Whole blocks go without a mask, whose bound may not divide by 16; what is left takes its own, masked, block.
         for i in range(i_program, blocks, programs):
             _update_block(
-                param, grad, exp_avg, exp_avg_sq, target, averages, decays, low_precision, target_low_precision, o + i * width, None,
-                factor, decay, a, b, size, b_mu, BETA1, BETA2,
-            )  # fmt: skip
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                target,
+                averages,
+                decays,
+                low_precision,
+                target_low_precision,
+                o + i * width,
+                None,
+                factor,
+                decay,
+                a,
+                b,
+                size,
+                b_mu,
+                BETA1,
+                BETA2,
+            )
         if blocks % programs == i_program:
             o_last = o + blocks * width
             _update_block(
-                param, grad, exp_avg, exp_avg_sq, target, averages, decays, low_precision, target_low_precision, o_last, o_last < n,
-                factor, decay, a, b, size, b_mu, BETA1, BETA2,
-            )  # fmt: skip
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                target,
+                averages,
+                decays,
+                low_precision,
+                target_low_precision,
+                o_last,
+                o_last < n,
+                factor,
+                decay,
+                a,
+                b,
+                size,
+                b_mu,
+                BETA1,
+                BETA2,
+            )
     # step counts finished programs above bit 40; the last one clears them and counts the update. The barrier comes before the ticket
     # because every thread has to have read step by then.
     tl.debug_barrier()
@@ -238,18 +340,55 @@ def _optimizer_step_fwd_kernel(
 
 
 def _launch_fwd(
-    kind, param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, eps, weight_decay, clip, beta1, beta2, averages,
-    target, mu, decays, low_precision, target_low_precision,
-):  # fmt: skip
+    kind,
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    grad_norm,
+    eps,
+    weight_decay,
+    clip,
+    beta1,
+    beta2,
+    averages,
+    target,
+    mu,
+    decays,
+    low_precision,
+    target_low_precision,
+):
     n = param.numel()
     processors = torch.cuda.get_device_properties(param.device).multi_processor_count if param.is_cuda else 1
     programs = max(1, min(triton.cdiv(n, BLOCK), PROGRAMS_PER_PROCESSOR * processors))
     with launch.device_guard(param):
         _optimizer_step_fwd_kernel[(programs,)](
-            param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, mu, decays, target, tuple(averages), low_precision, target_low_precision,
-            n, eps, weight_decay, 0.0 if clip is None else clip,
-            BETA1=beta1, BETA2=beta2, RADAM=kind == "radam", CLIP=clip is not None, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step,
+            lr,
+            grad_norm,
+            mu,
+            decays,
+            target,
+            tuple(averages),
+            low_precision,
+            target_low_precision,
+            n,
+            eps,
+            weight_decay,
+            0.0 if clip is None else clip,
+            BETA1=beta1,
+            BETA2=beta2,
+            RADAM=kind == "radam",
+            CLIP=clip is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 _MUTATED = ("param", "exp_avg", "exp_avg_sq", "step", "target", "averages", "low_precision", "target_low_precision")
@@ -257,16 +396,46 @@ _MUTATED = ("param", "exp_avg", "exp_avg_sq", "step", "target", "averages", "low
 
 @torch.library.custom_op("fastcm::optimizer_step", mutates_args=_MUTATED)
 def _optimizer_step_op(
-    kind: str, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    step: Tensor, lr: Tensor, grad_norm: Tensor, eps: float, weight_decay: float, clip: float | None, beta1: float, beta2: float,
-    averages: list[Tensor], target: Tensor | None, mu: Tensor | None, decays: Tensor | None,
-    low_precision: Tensor | None, target_low_precision: Tensor | None,
-) -> None:  # fmt: skip
+    kind: str,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    grad_norm: Tensor,
+    eps: float,
+    weight_decay: float,
+    clip: float | None,
+    beta1: float,
+    beta2: float,
+    averages: list[Tensor],
+    target: Tensor | None,
+    mu: Tensor | None,
+    decays: Tensor | None,
+    low_precision: Tensor | None,
+    target_low_precision: Tensor | None,
+) -> None:
     optimizer_step_reference(
-        kind, param, grad, exp_avg, exp_avg_sq, step=step, lr=lr, grad_norm=grad_norm, betas=(beta1, beta2), eps=eps,
-        weight_decay=weight_decay, clip=clip, target=target, mu=mu, averages=averages, decays=decays,
-        low_precision=low_precision, target_low_precision=target_low_precision,
-    )  # fmt: skip
+        kind,
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        lr=lr,
+        grad_norm=grad_norm,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=weight_decay,
+        clip=clip,
+        target=target,
+        mu=mu,
+        averages=averages,
+        decays=decays,
+        low_precision=low_precision,
+        target_low_precision=target_low_precision,
+    )
 
 
 launch.register(_optimizer_step_op, _launch_fwd)
@@ -274,9 +443,26 @@ launch.register(_optimizer_step_op, _launch_fwd)
 
 @_optimizer_step_op.register_fake
 def _(
-    kind, param, grad, exp_avg, exp_avg_sq, step, lr, grad_norm, eps, weight_decay, clip, beta1, beta2, averages,
-    target, mu, decays, low_precision, target_low_precision,
-):  # fmt: skip
+    kind,
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    grad_norm,
+    eps,
+    weight_decay,
+    clip,
+    beta1,
+    beta2,
+    averages,
+    target,
+    mu,
+    decays,
+    low_precision,
+    target_low_precision,
+):
     return None
 
 

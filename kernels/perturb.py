@@ -53,10 +53,7 @@ def perturb(
             images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype
         )
         return Perturbed(
-            x_hi,
-            None if sigma_lo is None else x_lo,
-            None if c_in_hi is None else scaled_hi,
-            None if c_in_lo is None else scaled_lo,
+            x_hi, None if sigma_lo is None else x_lo, None if c_in_hi is None else scaled_hi, None if c_in_lo is None else scaled_lo
         )
     return perturb_reference(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
 
@@ -94,9 +91,18 @@ def _column(coefficient: Tensor) -> Tensor:
 
 @triton.jit
 def clean_lane(
-    p_sample, o_i, o_first, mirrored, LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    p_sample,
+    o_i,
+    o_first,
+    mirrored,
+    LANE: tl.constexpr,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One lane of the images as fp32, bytes v as v / 127.5 - 1 within 1.2e-7."""
     if p_sample.dtype.element_ty != tl.uint8:
         b_lane = load_lane(p_sample, o_i, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK)
@@ -108,9 +114,7 @@ def clean_lane(
 
 
 @triton.jit
-def noise_lane(
-    p_x, p_scaled, b_sigma, b_c_in, o_sample, o_i, b_clean, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def noise_lane(p_x, p_scaled, b_sigma, b_c_in, o_sample, o_i, b_clean, b_z, LANE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """One lane at one noise level: x = image + sigma z and, where asked for, c_in x."""
     b_x = b_clean + b_sigma * b_z
     store_lane(p_x + o_sample, o_i, b_x, LANE, N, BLOCK)
@@ -120,11 +124,32 @@ def noise_lane(
 
 @triton.jit
 def _perturb_kernel(
-    p_images, p_seed, seed_stride: tl.constexpr, p_position, position_stride: tl.constexpr, p_flip, flip_stride: tl.constexpr,
-    p_sigma_hi, sigma_hi_stride: tl.constexpr, p_c_in_hi, c_in_hi_stride: tl.constexpr, p_x_hi, p_scaled_hi,
-    p_sigma_lo, sigma_lo_stride: tl.constexpr, p_c_in_lo, c_in_lo_stride: tl.constexpr, p_x_lo, p_scaled_lo,
-    N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    p_images,
+    p_seed,
+    seed_stride: tl.constexpr,
+    p_position,
+    position_stride: tl.constexpr,
+    p_flip,
+    flip_stride: tl.constexpr,
+    p_sigma_hi,
+    sigma_hi_stride: tl.constexpr,
+    p_c_in_hi,
+    c_in_hi_stride: tl.constexpr,
+    p_x_hi,
+    p_scaled_hi,
+    p_sigma_lo,
+    sigma_lo_stride: tl.constexpr,
+    p_c_in_lo,
+    c_in_lo_stride: tl.constexpr,
+    p_x_lo,
+    p_scaled_lo,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     i_sample, o_i, o_first = quarter_counters(N, BLOCK)
     z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, 0, True, MATH)
     p_sample = p_images + i_sample * N
@@ -150,9 +175,16 @@ def _perturb_kernel(
 
 
 def _launch_perturb(
-    images: Tensor, seed: Tensor, position: Tensor, sigma_hi: Tensor, sigma_lo: Tensor | None, c_in_hi: Tensor | None,
-    c_in_lo: Tensor | None, flip: Tensor | None, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    images: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    sigma_hi: Tensor,
+    sigma_lo: Tensor | None,
+    c_in_hi: Tensor | None,
+    c_in_lo: Tensor | None,
+    flip: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
     x_hi, x_lo, scaled_hi, scaled_lo = outputs = _fake_perturb(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
     batch, elements = images.shape[0], images[0].numel() if images.shape[0] else 0
     if x_hi.numel() == 0:
@@ -162,20 +194,40 @@ def _launch_perturb(
     grid = launch.quarter_grid("perturb", elements)
     with launch.device_guard(images):
         _perturb_kernel[(batch * grid.blocks,)](
-            images, *launch.strided(seed, batch), *launch.strided(position, batch), *launch.strided(flip, batch),
-            *launch.strided(sigma_hi, batch), *launch.strided(c_in_hi, batch), x_hi, None if c_in_hi is None else scaled_hi,
-            *launch.strided(sigma_lo, batch), *launch.strided(c_in_lo, batch),
-            None if sigma_lo is None else x_lo, None if c_in_lo is None else scaled_lo,
-            N=elements, PLANE=images.shape[2] * images.shape[3], WIDTH=images.shape[3], LAST=not images.is_contiguous(),
-            BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
-        )  # fmt: skip
+            images,
+            *launch.strided(seed, batch),
+            *launch.strided(position, batch),
+            *launch.strided(flip, batch),
+            *launch.strided(sigma_hi, batch),
+            *launch.strided(c_in_hi, batch),
+            x_hi,
+            None if c_in_hi is None else scaled_hi,
+            *launch.strided(sigma_lo, batch),
+            *launch.strided(c_in_lo, batch),
+            None if sigma_lo is None else x_lo,
+            None if c_in_lo is None else scaled_lo,
+            N=elements,
+            PLANE=images.shape[2] * images.shape[3],
+            WIDTH=images.shape[3],
+            LAST=not images.is_contiguous(),
+            BLOCK=grid.block,
+            MATH=launch.MATH,
+            num_warps=grid.num_warps,
+        )
     return outputs
 
 
 def _fake_perturb(
-    images: Tensor, seed: Tensor, position: Tensor, sigma_hi: Tensor, sigma_lo: Tensor | None, c_in_hi: Tensor | None,
-    c_in_lo: Tensor | None, flip: Tensor | None, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    images: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    sigma_hi: Tensor,
+    sigma_lo: Tensor | None,
+    c_in_hi: Tensor | None,
+    c_in_lo: Tensor | None,
+    flip: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """x_hi, x_lo, scaled_hi, scaled_lo, uninitialised; those not asked for are empty, because an op cannot return None in a list."""
     kinds = ((sigma_hi, torch.float32), (sigma_lo, torch.float32), (c_in_hi, dtype), (c_in_lo, dtype))
     return [images.new_empty(images.shape if asked is not None else (0,), dtype=kind) for asked, kind in kinds]
@@ -183,9 +235,16 @@ def _fake_perturb(
 
 @torch.library.custom_op("fastcm::perturb", mutates_args=())
 def _perturb_op(
-    images: Tensor, seed: Tensor, position: Tensor, sigma_hi: Tensor, sigma_lo: Tensor | None, c_in_hi: Tensor | None,
-    c_in_lo: Tensor | None, flip: Tensor | None, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    images: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    sigma_hi: Tensor,
+    sigma_lo: Tensor | None,
+    c_in_hi: Tensor | None,
+    c_in_lo: Tensor | None,
+    flip: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
     found = perturb_reference(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
     dtypes = (torch.float32, torch.float32, dtype, dtype)
     return [images.new_empty(0, dtype=kind) if x is None else x for x, kind in zip(found, dtypes, strict=True)]

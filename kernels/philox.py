@@ -156,9 +156,17 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
 
 @triton.jit(do_not_specialize=["stream"])
 def _philox_kernel(
-    p_out, p_seed, seed_stride: tl.constexpr, p_position, position_stride: tl.constexpr, stream,
-    N: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    p_out,
+    p_seed,
+    seed_stride: tl.constexpr,
+    p_position,
+    position_stride: tl.constexpr,
+    stream,
+    N: tl.constexpr,
+    NORMAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     i_sample, o_i, o_first = quarter_counters(N, BLOCK)
     b0, b1, b2, b3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL, MATH)
     p_sample = p_out + i_sample * N
@@ -176,9 +184,16 @@ def _launch_field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: 
     grid = launch.quarter_grid("philox", elements)
     with launch.device_guard(seed):
         _philox_kernel[(batch * grid.blocks,)](
-            field, *launch.strided(seed, batch), *launch.strided(position, batch), stream,
-            N=elements, NORMAL=is_normal, BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
-        )  # fmt: skip
+            field,
+            *launch.strided(seed, batch),
+            *launch.strided(position, batch),
+            stream,
+            N=elements,
+            NORMAL=is_normal,
+            BLOCK=grid.block,
+            MATH=launch.MATH,
+            num_warps=grid.num_warps,
+        )
     return field
 
 

@@ -116,9 +116,16 @@ def _launch_bwd(
         block, warps = block_and_warps(n, 1024)
         with launch.device_guard(grad):
             _precondition_bwd_kernel[(grad.shape[0] * triton.cdiv(n, block),)](
-                grad, per_sample(c_skip, grad), per_sample(c_out, grad), grad_x if x_dtype else None, grad_F if F_dtype else None,
-                N=n, INNER=relative_layout(grad, grad_F) if F_dtype else 0, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+                grad,
+                per_sample(c_skip, grad),
+                per_sample(c_out, grad),
+                grad_x if x_dtype else None,
+                grad_F if F_dtype else None,
+                N=n,
+                INNER=relative_layout(grad, grad_F) if F_dtype else 0,
+                BLOCK=block,
+                num_warps=warps,
+            )
     return gradients
 
 

@@ -61,8 +61,12 @@ def wide_product(a, b, MATH: tl.constexpr):
     if MATH == 1:
         low, high = tl.inline_asm_elementwise(
             "{ .reg .b64 product; mul.wide.u32 product, $2, $3; mov.b64 {$0, $1}, product; }",
-            "=r,=r,r,r", [a, b], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
+            "=r,=r,r,r",
+            [a, b],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         product = a.to(tl.uint64) * b.to(tl.uint64)
         low, high = product.to(tl.uint32), (product >> 32).to(tl.uint32)
@@ -118,9 +122,7 @@ def box_muller(word_radius, word_angle, MATH: tl.constexpr):
 
 
 @triton.jit
-def draw_block(
-    p_seed, seed_stride, p_position, position_stride, i_sample, o_i, stream, NORMAL: tl.constexpr, MATH: tl.constexpr
-):  # fmt: skip
+def draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_i, stream, NORMAL: tl.constexpr, MATH: tl.constexpr):
     """The four lanes, fp32, of normals or uniforms of the counters o_i of one sample."""
     w0, w1, w2, w3 = philox_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_i, stream, MATH)
     if NORMAL:
@@ -138,9 +140,7 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
-def quarter_lanes(
-    p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL: tl.constexpr, MATH: tl.constexpr
-):  # fmt: skip
+def quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL: tl.constexpr, MATH: tl.constexpr):
     """The four lanes of normals or uniforms for the counters o_first .. o_first + 3 of each thread, in order."""
     a0, a1, a2, a3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL, MATH)
     b0, b1, b2, b3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_first + 1, stream, NORMAL, MATH)

@@ -85,9 +85,20 @@ def to_uint8_reference(D_x: Tensor, layout: str) -> Tensor:
 
 @triton.jit
 def renoise_lane(
-    p_out, o_i, b_D, b_z, b_scale, p_known, p_mask,
-    LANE: tl.constexpr, N: tl.constexpr, PLANE: tl.constexpr, MASK_PLANES: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_out,
+    o_i,
+    b_D,
+    b_z,
+    b_scale,
+    p_known,
+    p_mask,
+    LANE: tl.constexpr,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    MASK_PLANES: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     b_x = b_D.to(tl.float32)
     if CLIP:
         b_x = tl.clamp(b_x, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -101,12 +112,29 @@ def renoise_lane(
 
 @triton.jit(do_not_specialize=["stream"])
 def _renoise_kernel(
-    p_D, p_seed, seed_stride: tl.constexpr, p_position, position_stride: tl.constexpr, p_sigma, sigma_stride: tl.constexpr,
-    sigma_min_squared, stream,
-    p_known, known_stride, p_mask, mask_stride, p_out,
-    N: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr, MASK_PLANES: tl.constexpr, CLIP: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    p_D,
+    p_seed,
+    seed_stride: tl.constexpr,
+    p_position,
+    position_stride: tl.constexpr,
+    p_sigma,
+    sigma_stride: tl.constexpr,
+    sigma_min_squared,
+    stream,
+    p_known,
+    known_stride,
+    p_mask,
+    mask_stride,
+    p_out,
+    N: tl.constexpr,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK_PLANES: tl.constexpr,
+    CLIP: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     i_sample, o_i, o_first = quarter_counters(N, BLOCK)
     p_sample = p_D + i_sample * N
     b0 = load_lane(p_sample, o_i, o_first, None, 0, N, PLANE, WIDTH, LAST, BLOCK)
@@ -129,7 +157,7 @@ def _renoise_kernel(
 @triton.jit
 def _to_uint8_kernel(
     p_D, p_out, N: tl.constexpr, PLANE: tl.constexpr, FROM_PLANES: tl.constexpr, TO_PLANES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Walks the output in memory order. FROM_PLANES and TO_PLANES: whether input and output hold one plane per channel."""
     BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
@@ -152,9 +180,16 @@ def _to_uint8_kernel(
 
 
 def _launch_renoise(
-    D_x: Tensor, seed: Tensor, position: Tensor, sigma: Tensor, step: int, sigma_min: float,
-    known: Tensor | None, mask: Tensor | None, clip: bool,
-) -> Tensor:  # fmt: skip
+    D_x: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    sigma: Tensor,
+    step: int,
+    sigma_min: float,
+    known: Tensor | None,
+    mask: Tensor | None,
+    clip: bool,
+) -> Tensor:
     out = _fake_renoise(D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
     if out.numel() == 0:
         return out
@@ -164,11 +199,27 @@ def _launch_renoise(
     mask, mask_stride = launch.strided(None if mask is None else mask.contiguous(), batch)
     with launch.device_guard(D_x):
         _renoise_kernel[(batch * grid.blocks,)](
-            D_x, *launch.strided(seed, batch), *launch.strided(position, batch), *launch.strided(sigma, batch), sigma_min**2,
-            STREAM_SAMPLING_NOISE + step, known, known_stride, mask, mask_stride, out,
-            N=elements, PLANE=D_x.shape[2] * D_x.shape[3], WIDTH=D_x.shape[3], MASK_PLANES=0 if mask is None else mask.shape[1], CLIP=clip,
-            LAST=not D_x.is_contiguous(), BLOCK=grid.block, MATH=launch.MATH, num_warps=grid.num_warps,
-        )  # fmt: skip
+            D_x,
+            *launch.strided(seed, batch),
+            *launch.strided(position, batch),
+            *launch.strided(sigma, batch),
+            sigma_min**2,
+            STREAM_SAMPLING_NOISE + step,
+            known,
+            known_stride,
+            mask,
+            mask_stride,
+            out,
+            N=elements,
+            PLANE=D_x.shape[2] * D_x.shape[3],
+            WIDTH=D_x.shape[3],
+            MASK_PLANES=0 if mask is None else mask.shape[1],
+            CLIP=clip,
+            LAST=not D_x.is_contiguous(),
+            BLOCK=grid.block,
+            MATH=launch.MATH,
+            num_warps=grid.num_warps,
+        )
     return out
 
 
@@ -180,16 +231,29 @@ def _launch_to_uint8(D_x: Tensor, layout: str) -> Tensor:
     blocks = -(-elements // block)
     with launch.device_guard(D_x):
         _to_uint8_kernel[(D_x.shape[0] * blocks,)](
-            D_x, out, N=elements, PLANE=D_x.shape[2] * D_x.shape[3], FROM_PLANES=D_x.is_contiguous(),
-            TO_PLANES=layout == "NCHW" or D_x.shape[1] == 1, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            D_x,
+            out,
+            N=elements,
+            PLANE=D_x.shape[2] * D_x.shape[3],
+            FROM_PLANES=D_x.is_contiguous(),
+            TO_PLANES=layout == "NCHW" or D_x.shape[1] == 1,
+            BLOCK=block,
+            num_warps=4,
+        )
     return out
 
 
 def _fake_renoise(
-    D_x: Tensor, seed: Tensor, position: Tensor, sigma: Tensor, step: int, sigma_min: float,
-    known: Tensor | None, mask: Tensor | None, clip: bool,
-) -> Tensor:  # fmt: skip
+    D_x: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    sigma: Tensor,
+    step: int,
+    sigma_min: float,
+    known: Tensor | None,
+    mask: Tensor | None,
+    clip: bool,
+) -> Tensor:
     return D_x.new_empty(D_x.shape, dtype=torch.float32)
 
 

@@ -22,10 +22,17 @@ def model_folder(path, *, method="ict", num_classes=10, channels=1, **training):
     torch.manual_seed(0)
     network = UNet(
         UNetConfig(
-            resolution=8, in_channels=channels, out_channels=channels, channels=8, channel_mult=(1, 2), blocks=1,
-            attention_resolutions=(4,), head_channels=8, num_classes=num_classes,
+            resolution=8,
+            in_channels=channels,
+            out_channels=channels,
+            channels=8,
+            channel_mult=(1, 2),
+            blocks=1,
+            attention_resolutions=(4,),
+            head_channels=8,
+            num_classes=num_classes,
         )
-    )  # fmt: skip
+    )
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)

@@ -109,10 +109,23 @@ def read_statistics(path: Path) -> None:
 
 
 READERS = {
-    "onnx": read_onnx, "safetensors": read_model, "config": read_model, "npz": read_data, "tar": read_data, "zip": read_data,
-    "png": read_picture, "jpg": read_picture, "pt": read_pt, "pkl": read_pickle, "manifest": read_checkpoint_folder,
-    "settings": read_settings, "statistics": read_statistics, "picture": read_picture, "data": read_data, "model": read_model,
-}  # fmt: skip
+    "onnx": read_onnx,
+    "safetensors": read_model,
+    "config": read_model,
+    "npz": read_data,
+    "tar": read_data,
+    "zip": read_data,
+    "png": read_picture,
+    "jpg": read_picture,
+    "pt": read_pt,
+    "pkl": read_pickle,
+    "manifest": read_checkpoint_folder,
+    "settings": read_settings,
+    "statistics": read_statistics,
+    "picture": read_picture,
+    "data": read_data,
+    "model": read_model,
+}
 
 
 def limit_memory() -> None:
@@ -163,8 +176,9 @@ def fuzz(kind: str, path: str, count: int, seed: int) -> None:
     path.write_bytes(content)
     new = {str(file) for file in path.parent.rglob("*")} - {str(file) for file in before}
     outcome |= {
-        "slowest_s": round(slowest, 2), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "slowest_s": round(slowest, 2),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "new": sorted(file for file in new if not file.startswith(str(path.parent / "cache"))),
-    }  # fmt: skip
+    }
     os.write(1, (json.dumps(outcome) + "\n").encode())
     sys.stdout.flush()

@@ -53,11 +53,15 @@ def exported(tmp_path_factory):
 def test_what_the_package_states():
     contract = Contract(steps=2, channels=3, resolution=8, classes=4, batch=6)
     assert to_aot.stated(contract) == {
-        "fastcm.inputs": "noise float32 2 3 8 8;labels int64", "fastcm.output": "images float32 3 8 8", "fastcm.batch": "6",
-    }  # fmt: skip
+        "fastcm.inputs": "noise float32 2 3 8 8;labels int64",
+        "fastcm.output": "images float32 3 8 8",
+        "fastcm.batch": "6",
+    }
     assert to_aot.stated(Contract(steps=1, channels=1, resolution=8, seeded=True, uint8=True)) == {
-        "fastcm.inputs": "seeds int64", "fastcm.output": "images uint8 8 8 1", "fastcm.batch": "0",
-    }  # fmt: skip
+        "fastcm.inputs": "seeds int64",
+        "fastcm.output": "images uint8 8 8 1",
+        "fastcm.batch": "0",
+    }
 
 
 @pytest.mark.slow

@@ -63,9 +63,15 @@ def test_overlapping_kernels_count_once():
 
 @pytest.mark.parametrize(
     ("kernel", "phase"),
-    [("_philox_kernel", "noise"), ("_renoise_kernel", "noise"), ("_to_uint8_kernel", "uint8"), ("Memcpy DtoH", "copies"),
-     ("sm90_xmma_gemm_bf16", "network"), ("_group_norm_kernel", "network")],
-)  # fmt: skip
+    [
+        ("_philox_kernel", "noise"),
+        ("_renoise_kernel", "noise"),
+        ("_to_uint8_kernel", "uint8"),
+        ("Memcpy DtoH", "copies"),
+        ("sm90_xmma_gemm_bf16", "network"),
+        ("_group_norm_kernel", "network"),
+    ],
+)
 def test_kernels_belong_to_phases(kernel, phase):
     assert bench_generation.phase_of(kernel) == phase
 

@@ -18,9 +18,16 @@ from fastcm.training.flat_buffers import FlatLayout
 def doubling(shape=(4, 8), *, fastcm=lambda x: 2 * x, in_place=False):
     """A tiny case of an op that doubles its input."""
     return kernel_cases.BenchCase(
-        op="doubling", variant="plain", shape=shape, inputs=lambda device: (torch.rand(shape, device=device) + 1,), fastcm=fastcm,
-        reference=lambda x: x.add_(x) if in_place else x + x, bytes=8 * 32, in_place=in_place, quick=True,
-    )  # fmt: skip
+        op="doubling",
+        variant="plain",
+        shape=shape,
+        inputs=lambda device: (torch.rand(shape, device=device) + 1,),
+        fastcm=fastcm,
+        reference=lambda x: x.add_(x) if in_place else x + x,
+        bytes=8 * 32,
+        in_place=in_place,
+        quick=True,
+    )
 
 
 def run(monkeypatch, path, case, *options):
@@ -158,9 +165,10 @@ def test_flat_buffers_are_those_of_the_published_networks(name):
 # Cases of a few milliseconds, each as plain torch has it and as fastcm runs it on a CPU; the compiled ones are in `fastcm bench kernels`.
 SPEED_CASES = [
     pytest.param(case, backend, id=f"{case.op}-{case.variant}-{'x'.join(str(n) for n in case.shape)}-{backend}")
-    for case in kernel_cases.bench_cases() if case.quick and case.bytes < 2**25
+    for case in kernel_cases.bench_cases()
+    if case.quick and case.bytes < 2**25
     for backend in ("eager", *case.variants, "fastcm")
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("case", "backend"), SPEED_CASES)

@@ -133,36 +133,67 @@ def test_the_floor_is_products_or_weights(tiny, monkeypatch):
 
 def results(tmp_path, monkeypatch, rows):
     machine = {name: None for name in ("gpu", "onnxruntime", "diffusers")} | {
-        "threads": 2, "processor": "P", "torch": "2.13", "date": "2026-01-01", "commit": "abc", "onnxruntime-gpu": "1.31",
-    }  # fmt: skip
+        "threads": 2,
+        "processor": "P",
+        "torch": "2.13",
+        "date": "2026-01-01",
+        "commit": "abc",
+        "onnxruntime-gpu": "1.31",
+    }
     (tmp_path / "latency.json").write_text(json.dumps({"machine": machine, "rows": rows}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
 
 def timed_row(backend, ms, **more):
     return {
-        "bench": "latency", "model": "digits", "batch": 1, "backend": backend, "levels_apart": 0, "images_per_s": 1000 / ms,
-        **{f"p{percent}_ms": ms for percent in (20, 50, 80, 95, 99)}, **more,
-    }  # fmt: skip
+        "bench": "latency",
+        "model": "digits",
+        "batch": 1,
+        "backend": backend,
+        "levels_apart": 0,
+        "images_per_s": 1000 / ms,
+        **{f"p{percent}_ms": ms for percent in (20, 50, 80, 95, 99)},
+        **more,
+    }
 
 
 def test_pages_and_picture_follow_the_results(tmp_path, monkeypatch):
     rows = [
-        timed_row("diffusers", 10.0), timed_row("fastcm", 5.0, speedup_over_diffusers=2.0),
-        timed_row("onnxruntime_seeded", 2.5, speedup_over_diffusers=4.1), {**timed_row("eager", 7.0), "batch": 64},
+        timed_row("diffusers", 10.0),
+        timed_row("fastcm", 5.0, speedup_over_diffusers=2.0),
+        timed_row("onnxruntime_seeded", 2.5, speedup_over_diffusers=4.1),
+        {**timed_row("eager", 7.0), "batch": 64},
         timed_row("fastcm_compile", 4.0, first_image_cold_s=61.5, first_image_warm_s=3.25),
         {"bench": "latency", "model": "digits", "batch": 1, "backend": "compile", "error": "RuntimeError: no"},
-        {"bench": "latency", "model": "digits", "batch": 1, "backend": "floor", "floor_ms": 0.5, "gflop": 0.1, "weight_mb": 2.0,
-         "gemm_gflop_s": 135.0, "copy_gb_s": 20.0},
-        {"bench": "latency_profile", "model": "digits", "batch": 1, "backend": "onnxruntime_seeded",
-         "operators": {"Conv": [1.5, 25], "Add": [0.25, 40]}},
-    ]  # fmt: skip
+        {
+            "bench": "latency",
+            "model": "digits",
+            "batch": 1,
+            "backend": "floor",
+            "floor_ms": 0.5,
+            "gflop": 0.1,
+            "weight_mb": 2.0,
+            "gemm_gflop_s": 135.0,
+            "copy_gb_s": 20.0,
+        },
+        {
+            "bench": "latency_profile",
+            "model": "digits",
+            "batch": 1,
+            "backend": "onnxruntime_seeded",
+            "operators": {"Conv": [1.5, 25], "Add": [0.25, 40]},
+        },
+    ]
     results(tmp_path, monkeypatch, rows)
     page = tables.with_latency("".join(f"<!-- {name} -->\n<!-- {name} -->\n" for name in latency_tables.pages(None)))
     for line in (
-        "| digits | 1 | 10 | 5 | 4 | 2.5 | 4.10x | 0.5 |", "| digits | 1 | 61.5 | 3.25 |", "| Conv | 1.5 (25) |", "| others | 0 (0) |",
-        "| digits | 0.1 | 2 | 135 | 20 | 0.5 | 2.5 |", "| digits | 64 | plain network | 7 | 7 | 7 | - | 143 | - | - | 0 |",
-    ):  # fmt: skip
+        "| digits | 1 | 10 | 5 | 4 | 2.5 | 4.10x | 0.5 |",
+        "| digits | 1 | 61.5 | 3.25 |",
+        "| Conv | 1.5 (25) |",
+        "| others | 0 (0) |",
+        "| digits | 0.1 | 2 | 135 | 20 | 0.5 | 2.5 |",
+        "| digits | 64 | plain network | 7 | 7 | 7 | - | 143 | - | - | 0 |",
+    ):
         assert line in page, line
     assert tables.with_latency(page) == page and "plain, torch.compile" not in page
     latency_tables.plot(tables.latest("latency*.json"), tmp_path / "plot.png")
@@ -215,8 +246,10 @@ def test_diffusers_and_onnxruntime_draw_the_same_images(tiny, tmp_path):
     assert all(row["levels_apart"] <= 1 for row in rows.values()) and "speedup_over_diffusers" in rows["fastcm"]
     assert "speedup_over_diffusers" in rows["onnxruntime_cpu"] and "speedup_over_onnxruntime_unfolded" in rows["onnxruntime_cpu"]
     # The competitor computes its noise embedding at every call; ours has none.
-    operators = {name: {n.op_type for n in onnx.load(path(MODELS["digits"])).graph.node} for name, path in (
-        ("ours", latency_backends.exported), ("theirs", latency_backends.unfolded))}  # fmt: skip
+    operators = {
+        name: {n.op_type for n in onnx.load(path(MODELS["digits"])).graph.node}
+        for name, path in (("ours", latency_backends.exported), ("theirs", latency_backends.unfolded))
+    }
     assert "Gemm" in operators["theirs"] and "Gemm" not in operators["ours"]
     # Other weights in the pipeline are noticed.
     job = latency_job(MODELS["digits"], batch=3)

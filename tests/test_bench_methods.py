@@ -10,8 +10,19 @@ MACHINE = {"cores": 2, "processor": "P", "torch": "2", "date": "2026-01-01", "co
 
 
 def row(cell, seed, fd, *, steps=1, accuracy=0.9):
-    return {"bench": "methods", "cell": cell, "seed": seed, "steps": steps, "kimg": 15.0, "calls": 4, "train_s": 80.0, "accuracy": accuracy,
-            "fd_mean": fd, "fd_ratio": fd / 10, "self_consistency": 0.1}  # fmt: skip
+    return {
+        "bench": "methods",
+        "cell": cell,
+        "seed": seed,
+        "steps": steps,
+        "kimg": 15.0,
+        "calls": 4,
+        "train_s": 80.0,
+        "accuracy": accuracy,
+        "fd_mean": fd,
+        "fd_ratio": fd / 10,
+        "self_consistency": 0.1,
+    }
 
 
 def test_verdicts_follow_from_the_rows():

@@ -195,7 +195,6 @@ def test_rows_of_memory_and_scaling(tiny, tmp_path, capsys, monkeypatch):
     answers = {"images_per_s": 7.0, "p50_ms": 1.0, "peak_memory_gb": 0.25, "rounds": 3}
     asked = []
 
-
     def ask(job, name, *, seconds, processes=1):
         asked.append((job, name, seconds, processes))
         return answers
@@ -207,12 +206,12 @@ def test_rows_of_memory_and_scaling(tiny, tmp_path, capsys, monkeypatch):
     rows = json.loads(out.read_text())["rows"]
     memory, scaling = (rows[:3], rows[3:])
     assert [(row["backend"], row["recomputed"], row["peak_memory_gb"]) for row in memory] == [
-        ("published_step", False, 0.25), ("fastcm", False, 0.25), ("fastcm", True, 0.25),
-    ]  # fmt: skip
-    assert [job.model.options["checkpoint"] for job, _, _, _ in asked[:3]] == [False, False, True]
-    assert [(row["axis"], row["value"]) for row in scaling] == [
-        (axis, value) for axis, values in axes.items() for value in values
+        ("published_step", False, 0.25),
+        ("fastcm", False, 0.25),
+        ("fastcm", True, 0.25),
     ]
+    assert [job.model.options["checkpoint"] for job, _, _, _ in asked[:3]] == [False, False, True]
+    assert [(row["axis"], row["value"]) for row in scaling] == [(axis, value) for axis, values in axes.items() for value in values]
     by_value = {(row["axis"], row["value"]): row for row in scaling}
     assert by_value["parameters", 16]["parameters"] > 3 * by_value["parameters", 8]["parameters"]
     assert by_value["batch", 2]["batch"] == 2 and by_value["resolution", 16]["batch"] == 8 and by_value["batch", 4]["images_per_s"] > 0

@@ -116,8 +116,7 @@ def test_percentiles_have_their_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "gflop"),
-    [("colour32", 8.0, 3.64), ("cifar10", 55.73, 42.4), ("imagenet64", 295.9, 219), ("lsun256", 526.3, 2239)],
+    ("name", "millions", "gflop"), [("colour32", 8.0, 3.64), ("cifar10", 55.73, 42.4), ("imagenet64", 295.9, 219), ("lsun256", 526.3, 2239)]
 )
 def test_models_are_the_published_sizes(name, millions, gflop):
     with torch.device("meta"):
@@ -128,9 +127,12 @@ def test_models_are_the_published_sizes(name, millions, gflop):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("adm", TINY), ("adm", {**TINY, "scale_shift_norm": False}),
-     ("song", {"resolution": 8, "channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (4,)})],
-)  # fmt: skip
+    [
+        ("adm", TINY),
+        ("adm", {**TINY, "scale_shift_norm": False}),
+        ("song", {"resolution": 8, "channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (4,)}),
+    ],
+)
 def test_plain_networks_are_the_same_functions(kind, options):
     network = randomise(networks.build(kind, {**options, "dropout": 0.1})).eval()
     plain = plain_network(network)
@@ -207,7 +209,11 @@ def test_compiled_competitors(tmp_path, monkeypatch):
     assert bench_train.main([*shared, "--op", "step", "--backend", "published_step,compile,fastcm_compile"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["bench"], row["backend"]) for row in rows] == [
-        ("latency", "eager"), ("latency", "compile"), ("train", "published_step"), ("train", "compile"), ("train", "fastcm_compile"),
-    ]  # fmt: skip
+        ("latency", "eager"),
+        ("latency", "compile"),
+        ("train", "published_step"),
+        ("train", "compile"),
+        ("train", "fastcm_compile"),
+    ]
     assert all(row["p50_ms"] > 0 for row in rows) and rows[1]["levels_apart"] <= 1
     assert all(row["student_ms"] > row["distance_ms"] > 0 for row in rows[2:])

@@ -17,9 +17,11 @@ from fastcm.training.trainer import Trainer
 # N grows from 2 to 12 over the twenty steps, mu with it; the learning rate falls and the averages' half-life rises.
 CHANGING = {"objective.curriculum": "progressive", "objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32}
 METHODS = {
-    "ct": CHANGING, "ict": {"objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32}, "ect": {"duration_kimg": 0.32},
+    "ct": CHANGING,
+    "ict": {"objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32},
+    "ect": {"duration_kimg": 0.32},
     "sct": {"objective.tangent_warmup_kimg": 0.16, "duration_kimg": 0.32},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

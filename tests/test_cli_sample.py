@@ -113,8 +113,17 @@ def test_sixty_four_seeds_by_default(model, tmp_path):
 
 def test_a_teacher_is_sampled_by_its_solver(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    network = networks.build("adm", {**dict.fromkeys(("in_channels", "out_channels", "blocks"), 1), "resolution": 8, "channels": 8,
-                                     "head_channels": 8, "channel_mult": (1,), "attention_resolutions": ()})  # fmt: skip
+    network = networks.build(
+        "adm",
+        {
+            **dict.fromkeys(("in_channels", "out_channels", "blocks"), 1),
+            "resolution": 8,
+            "channels": 8,
+            "head_channels": 8,
+            "channel_mult": (1,),
+            "attention_resolutions": (),
+        },
+    )
     denoiser = Denoiser(randomised(network), Preconditioning(form="edm"))
     save_model(tmp_path / "teacher", denoiser, {**INFO, "classes": None, "training": {"method": "edm"}})
     assert fastcm("sample", "teacher", "--seeds", "0", "--out", "x.png", "--device", "cpu") == 0

@@ -11,9 +11,7 @@ from fastcm.kernels import launch
 from fastcm.kernels.distance import KINDS, ONE_PROGRAM, distance_reference
 
 LAST = torch.channels_last
-NAMES = (
-    "x_student", "F_student", "c_skip_student", "c_out_student", "x_target", "F_target", "c_skip_target", "c_out_target", "weight",
-)  # fmt: skip
+NAMES = ("x_student", "F_student", "c_skip_student", "c_out_student", "x_target", "F_target", "c_skip_target", "c_out_target", "weight")
 
 
 def arguments(batch=3, shape=(3, 5, 7), dtype=torch.float32, target_network=True):

@@ -176,8 +176,7 @@ def test_unconditional_song_unet(tmp_path):
 def test_equal_models_give_equal_bytes(tmp_path):
     """In a process with another hash seed, so that no order of a set gets into the file."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from exported_models import *;"
-        "export_onnx(tiny_denoiser(), INFO, out=Path(sys.argv[1]))"
+        "import sys; sys.path.insert(0, 'tests'); from exported_models import *;export_onnx(tiny_denoiser(), INFO, out=Path(sys.argv[1]))"
     )
     again = tmp_path / "plain.onnx"
     environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -76,10 +76,7 @@ def onnx_file(path, *, shape=("batch", 3, 8, 8), inputs=1):
     """A graph that averages over height and width; its second output is twice that."""
     onnx = pytest.importorskip("onnx")
     names = ["x", "y"][:inputs]
-    nodes = [
-        onnx.helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
-        onnx.helper.make_node("Add", ["pooled", "pooled"], ["scores"]),
-    ]
+    nodes = [onnx.helper.make_node("GlobalAveragePool", ["x"], ["pooled"]), onnx.helper.make_node("Add", ["pooled", "pooled"], ["scores"])]
     given = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(shape)) for name in names]
     made = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [shape[0], shape[1], 1, 1]) for name in ("pooled", "scores")]
     graph = onnx.helper.make_graph(nodes, "pool", given, made)

@@ -129,14 +129,8 @@ CASES = {
     "statistics of too many features": ("statistics", lambda folder, _: npz(folder / "x.npz", mu=npy((HUGE,), "<f8"), sigma=npy((1,)))),
     "safetensors with a header of 8 EB": ("model", lambda folder, _: model(folder, weights=safetensors({}, length=2**63))),
     "safetensors with a header of 200 MB": ("model", lambda folder, _: model(folder, weights=safetensors({}, length=2 * 10**8))),
-    "safetensors of an absurd shape": (
-        "model",
-        lambda folder, _: model(folder, weights=safetensors(tensor([2**62, 8], 0))),
-    ),
-    "safetensors of tensors outside": (
-        "model",
-        lambda folder, _: model(folder, weights=safetensors(tensor([1], 10**9))),
-    ),
+    "safetensors of an absurd shape": ("model", lambda folder, _: model(folder, weights=safetensors(tensor([2**62, 8], 0)))),
+    "safetensors of tensors outside": ("model", lambda folder, _: model(folder, weights=safetensors(tensor([1], 10**9)))),
     "safetensors with a deep header": ("model", lambda folder, _: model(folder, weights=safetensors(DEEP))),
     "network of too many blocks": ("model", lambda folder, _: model(folder, set_network(blocks=10**9))),
     "network of too many levels": ("model", lambda folder, _: model(folder, set_network(channel_mult=[1] * 10**6))),

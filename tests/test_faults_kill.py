@@ -12,10 +12,25 @@ from safetensors.torch import load_file
 from fastcm.training.checkpoint import complete_steps, read_checkpoint
 
 SETTINGS = (
-    "--set", "network.channels=8", "--set", "network.head_channels=8", "--set", "network.channel_mult=[1]", "--set",
-    "network.attention_resolutions=[]", "--set", "network.blocks=1", "--batch", "4", "--device", "cpu", "--precision", "fp32",
-    "--checkpoint-every", "0s",
-)  # fmt: skip
+    "--set",
+    "network.channels=8",
+    "--set",
+    "network.head_channels=8",
+    "--set",
+    "network.channel_mult=[1]",
+    "--set",
+    "network.attention_resolutions=[]",
+    "--set",
+    "network.blocks=1",
+    "--batch",
+    "4",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--checkpoint-every",
+    "0s",
+)
 STEPS = 16
 METHODS = {
     "ict": (),

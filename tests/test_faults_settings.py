@@ -69,8 +69,10 @@ def test_any_settings_file_is_read_or_refused(tmp_path, record_property):
     count = 0
 
     @settings(max_examples=times(100, 5000))
-    @given(content=st.one_of(VALUES.map(lambda v: json.dumps(v).encode()), st.binary(max_size=64), st.text(max_size=40).map(str.encode)),
-           suffix=st.sampled_from([".json", ".toml"]))  # fmt: skip
+    @given(
+        content=st.one_of(VALUES.map(lambda v: json.dumps(v).encode()), st.binary(max_size=64), st.text(max_size=40).map(str.encode)),
+        suffix=st.sampled_from([".json", ".toml"]),
+    )
     def try_file(content, suffix):
         nonlocal count
         count += 1

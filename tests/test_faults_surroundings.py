@@ -42,9 +42,15 @@ def test_every_command_in_a_folder_of_any_name_without_a_warning(run):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_locale_without_utf8(run, encoding):
     environment = {
-        **os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": f"{encoding}:strict",
-        "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": f"{encoding}:strict",
+        "TZ": "Asia/Kathmandu",
+        "PYTHONHASHSEED": "4711",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run([sys.executable, "-m", "fastcm", "info", str(run)], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
     missing = subprocess.run([sys.executable, "-m", "fastcm", "info", str(run) + " ß"], capture_output=True, env=environment)

@@ -140,9 +140,16 @@ def test_steps_take_the_models_own_levels():
 
 @pytest.mark.parametrize(
     ("timesteps", "grid", "sigma"),
-    [((0, 22, 39), 40, 1.382), ((0, 106, 200), 201, 1.913), ((0, 17, 39), 40, 4.366), ((0, 18, 39), 40, 3.520), ((0, 67, 150), 151, 3.991),
-     ((0, 62, 150), 151, 5.249), ((0, 11, 17), 18, 0.585)],
-)  # fmt: skip
+    [
+        ((0, 22, 39), 40, 1.382),
+        ((0, 106, 200), 201, 1.913),
+        ((0, 17, 39), 40, 4.366),
+        ((0, 18, 39), 40, 3.520),
+        ((0, 67, 150), 151, 3.991),
+        ((0, 62, 150), 151, 5.249),
+        ((0, 11, 17), 18, 0.585),
+    ],
+)
 def test_timesteps_stand_for_the_published_levels(timesteps, grid, sigma):
     """The two-step levels that the papers' code visits on ImageNet 64, bedrooms, cats and CIFAR-10."""
     generator = small_generator()

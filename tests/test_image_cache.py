@@ -264,8 +264,14 @@ def test_opening_a_million_pictures_takes_less_than_a_second(tmp_path, no_decodi
     with open(entry / "images.bin", "wb") as file:
         file.truncate(count * 3 * 64 * 64)
     np.save(entry / "labels.npy", np.arange(count) % 1000)
-    manifest = {"version": image_cache.VERSION, "shape": [count, 3, 64, 64], "labelled": True, "classes": [str(i) for i in range(1000)],
-                "bad": 0, "fingerprint": "f" * 64}  # fmt: skip
+    manifest = {
+        "version": image_cache.VERSION,
+        "shape": [count, 3, 64, 64],
+        "labelled": True,
+        "classes": [str(i) for i in range(1000)],
+        "bad": 0,
+        "fingerprint": "f" * 64,
+    }
     (entry / "manifest.json").write_text(json.dumps(manifest))
     root.mkdir()
     for index in range(2000):

@@ -11,9 +11,25 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 TRAIN = (
-    sys.executable, "-m", "fastcm", "train", "--set", "network.channels=8", "--set", "network.head_channels=8", "--batch", "16",
-    "--duration", "960img", "--device", "cpu", "--precision", "fp32", "--checkpoint-every", "0s",
-)  # fmt: skip
+    sys.executable,
+    "-m",
+    "fastcm",
+    "train",
+    "--set",
+    "network.channels=8",
+    "--set",
+    "network.head_channels=8",
+    "--batch",
+    "16",
+    "--duration",
+    "960img",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--checkpoint-every",
+    "0s",
+)
 
 
 def finish(out):

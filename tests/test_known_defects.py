@@ -70,9 +70,7 @@ def test_pseudo_huber_is_a_norm_of_the_whole_image():
 def test_the_log_normal_of_ict_has_a_negative_mean():
     # Kinyugo's README gives +1.1.
     assert presets.objective("ict").P_mean == -1.1
-    hi, _ = log_normal_pair(
-        torch.linspace(0.001, 0.999, 999), 1281, sigma_min=0.002, sigma_max=80.0, rho=7.0, P_mean=-1.1, P_std=2.0
-    )
+    hi, _ = log_normal_pair(torch.linspace(0.001, 0.999, 999), 1281, sigma_min=0.002, sigma_max=80.0, rho=7.0, P_mean=-1.1, P_std=2.0)
     assert hi.log().median().item() == pytest.approx(-1.1, abs=0.05)
 
 
@@ -94,8 +92,17 @@ def test_student_and_target_share_dropout_without_a_generator():
     # The published code saves and restores the CPU's generator, which does nothing on CUDA.
     from fastcm import networks
 
-    options = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 16, "channel_mult": (1,), "blocks": 1,
-               "attention_resolutions": (), "head_channels": 16, "dropout": 0.5}  # fmt: skip
+    options = {
+        "resolution": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "channels": 16,
+        "channel_mult": (1,),
+        "blocks": 1,
+        "attention_resolutions": (),
+        "head_channels": 16,
+        "dropout": 0.5,
+    }
     network = networks.build("adm", options).train()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -16,15 +16,23 @@ NAMES = ["a/1.png", "a/2.png", "b ü.png"]
     [
         ("x.csv", "b ü.png,0\na/1.png,2\na/2.png,1\n", [2, 1, 0], ("0", "1", "2")),
         ("x.csv", "file,label\nb ü.png,dog\na/1.png,cat\na/2.png,dog", [0, 1, 1], ("cat", "dog")),
-        ("x.csv", '\ufeffid,label,file_name\r\n7,"big, dog","b ü.png"\r\n8,cat,a\\1.png\r\n9,cat,./a/2.png\r\n',
-         [1, 1, 0], ("big, dog", "cat")),
+        (
+            "x.csv",
+            '\ufeffid,label,file_name\r\n7,"big, dog","b ü.png"\r\n8,cat,a\\1.png\r\n9,cat,./a/2.png\r\n',
+            [1, 1, 0],
+            ("big, dog", "cat"),
+        ),
         ("x.csv", "a/1.png,1\na/2.png,x\nb ü.png,1\n", [0, 1, 0], ("1", "x")),
         ("x.json", '{"labels": [["b ü.png", 0], ["a/1.png", 3], ["a/2.png", 3]]}', [3, 3, 0], ("0", "1", "2", "3")),
         ("x.json", '{"labels": null}', None, None),
         ("x.json", '{"a/1.png": "x", "b ü.png": "y", "a/2.png": "x"}', [0, 0, 1], ("x", "y")),
         ("x.json", '[["a/1.png", 1], ["a/2.png", 0], ["b ü.png", 1]]', [1, 0, 1], ("0", "1")),
-        ("x.json", '[{"file": "a/1.png", "label": 1}, {"label": 0, "file": "a/2.png"}, {"name": "b ü.png", "class": 1}]',
-         [1, 0, 1], ("0", "1")),
+        (
+            "x.json",
+            '[{"file": "a/1.png", "label": 1}, {"label": 0, "file": "a/2.png"}, {"name": "b ü.png", "class": 1}]',
+            [1, 0, 1],
+            ("0", "1"),
+        ),
     ],
 )
 def test_forms(where, text, labels, classes):
@@ -37,8 +45,11 @@ def test_forms(where, text, labels, classes):
     [
         ("x.csv", "a/1.png,0\na/2.png,1\n", r"no row for a picture in x\.csv: b ü\.png\. Add a row"),
         ("x.csv", "b ü.png,0\n", r"no row for a picture in x\.csv: a/1\.png and 1 more"),
-        ("x.csv", "file,label\na/1.png,0\na/2.png,1\nb ü.png,1\na/1.png,0\n",
-         r"duplicate row in x\.csv: a/1\.png in row 5, first in row 2"),
+        (
+            "x.csv",
+            "file,label\na/1.png,0\na/2.png,1\nb ü.png,1\na/1.png,0\n",
+            r"duplicate row in x\.csv: a/1\.png in row 5, first in row 2",
+        ),
         ("x.csv", "a/1.png,0\na/2.png,-1\nb ü.png,1\n", r"label out of range in x\.csv: -1 in row 2\. Expected 0 to 9"),
         ("x.csv", "a/1.png,0\na/2.png,1\nb ü.png,10\n", r"label out of range in x\.csv: 10 in row 3\. Expected 0 to 9"),
         ("x.csv", "a/1.png,0\nother.png,1\n", r"no such picture in x\.csv: other\.png in row 2"),

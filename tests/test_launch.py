@@ -51,8 +51,14 @@ def test_auto_reads_the_nearest_measurement(monkeypatch):
     with using("auto"):
         taken = {n: launch.chosen("renoise", OnCuda(n)) for n in (100, 300, 1000, 3999, 50_000, 399_999, 500_000)}
         assert taken == {
-            100: "reference", 300: "triton", 1000: "triton", 3999: "triton", 50_000: "reference", 399_999: "reference", 500_000: "reference"
-        }  # fmt: skip
+            100: "reference",
+            300: "triton",
+            1000: "triton",
+            3999: "triton",
+            50_000: "reference",
+            399_999: "reference",
+            500_000: "reference",
+        }
         assert launch.chosen("philox", OnCuda(1000)) == "reference" and launch.chosen("philox", OnCuda(9000)) == "triton"
         assert launch.chosen("philox", OnCuda(1), elements=1000) == "reference"
 

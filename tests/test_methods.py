@@ -54,9 +54,13 @@ def test_ect_starts_from_a_teachers_weights_and_its_first_images_are_the_teacher
     before = weights(runs.Path(teacher))
     seen = {}
     small_run(
-        tmp_path / "ect", method="ect", init=teacher, kimg=0.016,
-        callbacks=[lambda progress, trainer: seen.update(trainer.optimizer.state_dict()["weights"])], lr=1e-12,
-    )  # fmt: skip
+        tmp_path / "ect",
+        method="ect",
+        init=teacher,
+        kimg=0.016,
+        callbacks=[lambda progress, trainer: seen.update(trainer.optimizer.state_dict()["weights"])],
+        lr=1e-12,
+    )
     averages = load_file(runs.Path(teacher) / "model" / "model.safetensors")
     for name, tensor in averages.items():
         torch.testing.assert_close(seen[name], tensor, rtol=0, atol=1e-9)

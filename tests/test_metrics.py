@@ -147,7 +147,7 @@ def test_copies_are_detected_and_fresh_images_are_not(rng):
         mixed = np.concatenate([fresh[:300], train[:100]])
         found = metrics.copy_check(metrics.nearest_distances(mixed, train)[0], real)
         assert found["closer_share"] == pytest.approx(0.25, abs=0.03) and found["identical"] == 100
-    # Copies one level of brightness away are no better.
+        # Copies one level of brightness away are no better.
         assert metrics.copy_check(metrics.nearest_distances(train ^ 1, train)[0], real)["closer_share"] == 1
 
 

@@ -27,9 +27,14 @@ def trainer(*, method="ict", precision="fp32", **changes):
             if parameter.abs().sum() == 0:
                 parameter.normal_(0, 0.05, generator=generator)
     return Trainer(
-        config.config, network, target_of(network, config.config), config.dataset, device=torch.device("cpu"), precision=precision,
+        config.config,
+        network,
+        target_of(network, config.config),
+        config.dataset,
+        device=torch.device("cpu"),
+        precision=precision,
         compiled=False,
-    )  # fmt: skip
+    )
 
 
 def gradient_and_loss(made):

@@ -133,9 +133,7 @@ def test_a_tiny_model_converges_to_the_exact_consistency_function(method):
 
 def test_loss_weights():
     hi, lo = torch.tensor([0.5, 2.0]), torch.tensor([0.4, 1.0])
-    expected = {
-        "uniform": [1, 1], "snr": [4, 0.25], "snr+1": [5, 1.25], "karras": [8, 4.25], "truncated-snr": [4, 1], "1/gap": [10, 1],
-    }  # fmt: skip
+    expected = {"uniform": [1, 1], "snr": [4, 0.25], "snr+1": [5, 1.25], "karras": [8, 4.25], "truncated-snr": [4, 1], "1/gap": [10, 1]}
     for name, values in expected.items():
         torch.testing.assert_close(loss_weight(name, hi, lo, sigma_data=0.5), torch.tensor(values, dtype=torch.float32))
     with pytest.raises(InputError, match="Did you mean 'uniform'"):

@@ -235,12 +235,18 @@ def with_property(model, name, **changes):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("graph", {"classes": "abc"}), ("graph", {"steps": 2}), ("graph", {"batch": "x"}), ("graph", {"task": "paint"}),
-        ("graph", {"precision": 3}), ("graph", {"factor": 0, "task": "superres"}), ("graph", {"unheard": 1}),
-        ("config", {"preconditioning": {"sigma": 1}}), ("config", {"preconditioning": {"sigma_data": "x"}}),
+        ("graph", {"classes": "abc"}),
+        ("graph", {"steps": 2}),
+        ("graph", {"batch": "x"}),
+        ("graph", {"task": "paint"}),
+        ("graph", {"precision": 3}),
+        ("graph", {"factor": 0, "task": "superres"}),
+        ("graph", {"unheard": 1}),
+        ("config", {"preconditioning": {"sigma": 1}}),
+        ("config", {"preconditioning": {"sigma_data": "x"}}),
         ("config", {"classes": ["one"]}),
     ],
-)  # fmt: skip
+)
 def test_statements_that_cannot_be_true_are_refused(tmp_path, path, name, changes):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(with_property(onnx.load(path), name, **changes).SerializeToString())

@@ -26,9 +26,20 @@ from fastcm.training.trainer import Trainer
 
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
 TRAIN = (
-    "train", "--set", "network.channels=8", "--set", "network.head_channels=8", "--batch", "16", "--device", "cpu", "--precision", "fp32",
-    "--checkpoint-every", "0s",
-)  # fmt: skip
+    "train",
+    "--set",
+    "network.channels=8",
+    "--set",
+    "network.head_channels=8",
+    "--batch",
+    "16",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--checkpoint-every",
+    "0s",
+)
 
 
 def start(size, command):
@@ -39,11 +50,14 @@ def start(size, command):
     shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, *command], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(size)
-    ]  # fmt: skip
+    ]
 
 
 def finished(processes, timeout=240):
@@ -82,9 +96,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stop_after(4))
         assert small_run(tmp_path / "resumed").nimg == 64
-    first, second = run_parts(
-        2, tmp_path, "whole", "stopped", "resumed", "learned_weight", "short_of_memory", "apart", "undivided"
-    )  # fmt: skip
+    first, second = run_parts(2, tmp_path, "whole", "stopped", "resumed", "learned_weight", "short_of_memory", "apart", "undivided")
     np.testing.assert_allclose(first["whole"], alone, rtol=1e-5)
     assert first["whole"] == second["whole"] and len(alone) == 10
     weights = checkpoint(tmp_path / "alone")

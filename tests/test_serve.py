@@ -158,10 +158,15 @@ def test_bad_input_is_one_line(server, case):
 
 def test_bad_paths_and_queries(server):
     for method, path, status in (
-        ("GET", "/nothing", 404), ("GET", "/generate", 405), ("POST", "/image", 405), ("GET", "/image?seed=x", 400),
-        ("GET", "/image?label=cow", 400), ("GET", "/image?seed=1&seed=2", 400), ("GET", "/image?sed=1", 400),
+        ("GET", "/nothing", 404),
+        ("GET", "/generate", 405),
+        ("POST", "/image", 405),
+        ("GET", "/image?seed=x", 400),
+        ("GET", "/image?label=cow", 400),
+        ("GET", "/image?seed=1&seed=2", 400),
+        ("GET", "/image?sed=1", 400),
         ("GET", "/image?steps=0", 400),
-    ):  # fmt: skip
+    ):
         answer = ask(server, method, path)
         assert answer[0] == status and json.loads(answer[1])["error"].count("\n") == 0, path
     assert ask(server, "GET", "/health")[:2] == (200, b'{"status": "ok"}\n')

@@ -10,10 +10,28 @@ from fastcm.consistency.denoiser import Preconditioning
 from fastcm.consistency.tangent import network_tangent
 from fastcm.errors import InputError
 
-ADM = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 16, "channel_mult": (1, 2), "blocks": 1,
-       "attention_resolutions": (4,), "head_channels": 16, "num_classes": 3, "dropout": 0.2}  # fmt: skip
-SONG = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 16, "channel_mult": (1, 2), "blocks": 1,
-        "attention_resolutions": (4,), "num_classes": 3}  # fmt: skip
+ADM = {
+    "resolution": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "channels": 16,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attention_resolutions": (4,),
+    "head_channels": 16,
+    "num_classes": 3,
+    "dropout": 0.2,
+}
+SONG = {
+    "resolution": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "channels": 16,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attention_resolutions": (4,),
+    "num_classes": 3,
+}
 
 
 def filled(kind, options):

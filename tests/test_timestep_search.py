@@ -115,7 +115,4 @@ def test_levels_are_saved_beside_those_of_other_steps(tmp_path):
     write_json(path, {"format": "x", "sampling": {"2": [80.0, 5.0], "4": [80.0, 9.0, 3.0, 1.0]}, "classes": None})
     save_levels(path, {1: (80.0,), 2: (80.0, 0.8), 3: (80.0, 0.8, 0.1)})
     content = json.loads(path.read_text())
-    assert content == {
-        "format": "x", "classes": None,
-        "sampling": {"2": [80.0, 0.8], "3": [80.0, 0.8, 0.1], "4": [80.0, 9.0, 3.0, 1.0]},
-    }  # fmt: skip
+    assert content == {"format": "x", "classes": None, "sampling": {"2": [80.0, 0.8], "3": [80.0, 0.8, 0.1], "4": [80.0, 9.0, 3.0, 1.0]}}

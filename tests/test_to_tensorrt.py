@@ -198,9 +198,12 @@ def test_the_engine_is_compared_before_it_is_published(tmp_path, monkeypatch):
         return stand.images[-1]
 
     fake = types.SimpleNamespace(
-        from_numpy=from_numpy, empty=empty_on_device, uint8=torch.uint8, float32=torch.float32,
+        from_numpy=from_numpy,
+        empty=empty_on_device,
+        uint8=torch.uint8,
+        float32=torch.float32,
         cuda=types.SimpleNamespace(current_stream=lambda: types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(to_tensorrt, "torch", fake)
     plan = tmp_path / "x.plan"
     rows = to_tensorrt.build_engine(done, plan, Profile(1, 2, 4))

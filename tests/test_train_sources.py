@@ -12,8 +12,11 @@ from fastcm.cli import main
 from fastcm.training import streaming
 
 TINY = "--batch 4 --duration 16img --device cpu --precision fp32 --compile off --checkpoint-every 1h".split()
-TINY += [word for setting in ("channels=4", "head_channels=4", "channel_mult=[1]", "blocks=1", "attention_resolutions=[]")
-         for word in ("--set", f"network.{setting}")]  # fmt: skip
+TINY += [
+    word
+    for setting in ("channels=4", "head_channels=4", "channel_mult=[1]", "blocks=1", "attention_resolutions=[]")
+    for word in ("--set", f"network.{setting}")
+]
 
 
 def pictures_folder(root):

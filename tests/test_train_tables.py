@@ -5,30 +5,68 @@ import pytest
 from fastcm.benchmarks import tables, train_picture, train_tables
 
 PHASES = {
-    "data_ms": 1.0, "perturb_ms": 1.0, "student_ms": 4.0, "target_ms": 3.0, "distance_ms": 1.0, "backward_ms": 8.0, "optimizer_ms": 2.0,
-}  # fmt: skip
+    "data_ms": 1.0,
+    "perturb_ms": 1.0,
+    "student_ms": 4.0,
+    "target_ms": 3.0,
+    "distance_ms": 1.0,
+    "backward_ms": 8.0,
+    "optimizer_ms": 2.0,
+}
 MACHINE = {"cores": 2, "processor": "P", "torch": "2", "date": "2026-01-01", "commit": "c", "gpu": None, "driver": None}
 
 
 def step(backend, p50_ms, model="digits", batch=64, **more):
     return {
-        "bench": "train", "op": "step", "model": model, "batch": batch, "backend": backend, "device": "cpu", "precision": "fp32",
-        "p20_ms": p50_ms - 1, "p50_ms": p50_ms, "p80_ms": p50_ms + 1, "images_per_s": 1000 * batch / p50_ms, "parameters": 430_000,
-        "startup_s": 1.0, **PHASES, **more,
-    }  # fmt: skip
+        "bench": "train",
+        "op": "step",
+        "model": model,
+        "batch": batch,
+        "backend": backend,
+        "device": "cpu",
+        "precision": "fp32",
+        "p20_ms": p50_ms - 1,
+        "p50_ms": p50_ms,
+        "p80_ms": p50_ms + 1,
+        "images_per_s": 1000 * batch / p50_ms,
+        "parameters": 430_000,
+        "startup_s": 1.0,
+        **PHASES,
+        **more,
+    }
 
 
 CONTENT = {
     "machine": MACHINE,
     "rows": [
-        step("published_step", 40.0), step("fastcm", 20.0, speedup_over_published_step=2.0, peak_memory_gb=0.5),
-        step("fastcm", 30.0, "cifar10", 2, speedup_over_published_step=1.5), {**step("compile", 1.0), "error": "no compiler"},
-        {"bench": "train", "op": "scaling", "model": "digits", "axis": "processes", "value": 2, "batch": 64, "backend": "fastcm",
-         "parameters": 430_000, "images_per_s": 3000.0, "p50_ms": 21.0},
-        {"bench": "train", "op": "memory", "model": "digits", "value": 64, "batch": 64, "backend": "fastcm", "recomputed": True,
-         "peak_memory_gb": 0.25},
+        step("published_step", 40.0),
+        step("fastcm", 20.0, speedup_over_published_step=2.0, peak_memory_gb=0.5),
+        step("fastcm", 30.0, "cifar10", 2, speedup_over_published_step=1.5),
+        {**step("compile", 1.0), "error": "no compiler"},
+        {
+            "bench": "train",
+            "op": "scaling",
+            "model": "digits",
+            "axis": "processes",
+            "value": 2,
+            "batch": 64,
+            "backend": "fastcm",
+            "parameters": 430_000,
+            "images_per_s": 3000.0,
+            "p50_ms": 21.0,
+        },
+        {
+            "bench": "train",
+            "op": "memory",
+            "model": "digits",
+            "value": 64,
+            "batch": 64,
+            "backend": "fastcm",
+            "recomputed": True,
+            "peak_memory_gb": 0.25,
+        },
     ],
-}  # fmt: skip
+}
 
 
 def test_sections_say_what_was_measured_and_what_was_not():

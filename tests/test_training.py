@@ -174,9 +174,15 @@ def test_train_takes_any_module_and_any_array(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
     seen = []
     generator = fastcm.train(
-        network=Mine(), data=(images, np.arange(50) % 10), out=tmp_path / "run", duration_kimg=0.32, batch=16, precision="fp32",
-        device="cpu", callbacks=[lambda progress, trainer: seen.append(progress.loss)],
-    )  # fmt: skip
+        network=Mine(),
+        data=(images, np.arange(50) % 10),
+        out=tmp_path / "run",
+        duration_kimg=0.32,
+        batch=16,
+        precision="fp32",
+        device="cpu",
+        callbacks=[lambda progress, trainer: seen.append(progress.loss)],
+    )
     assert generator(range(3), labels=[1, 2, 3]).shape == (3, 8, 8, 1) and seen
     with pytest.raises(InputError, match="network of your own"):
         fastcm.load(tmp_path / "run")

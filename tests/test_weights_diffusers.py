@@ -15,21 +15,45 @@ from fastcm.weights.openai import read_openai, write_openai
 
 # Both published models, shrunk. 32 groups, as they have, need 32 channels.
 IMAGENET64 = {
-    "resolution": 16, "channels": 32, "channel_mult": (1, 2, 3, 4), "blocks": 1, "attention_resolutions": (8, 4, 2), "num_classes": 5,
-    "head_channels": 16, "norm_groups": 32,
-}  # fmt: skip
+    "resolution": 16,
+    "channels": 32,
+    "channel_mult": (1, 2, 3, 4),
+    "blocks": 1,
+    "attention_resolutions": (8, 4, 2),
+    "num_classes": 5,
+    "head_channels": 16,
+    "norm_groups": 32,
+}
 LSUN256 = {
-    "resolution": 32, "channels": 32, "channel_mult": (1, 1, 2, 2), "blocks": 2, "attention_resolutions": (8, 4), "scale_shift_norm": False,
-    "head_channels": 16, "norm_groups": 32,
-}  # fmt: skip
+    "resolution": 32,
+    "channels": 32,
+    "channel_mult": (1, 1, 2, 2),
+    "blocks": 2,
+    "attention_resolutions": (8, 4),
+    "scale_shift_norm": False,
+    "head_channels": 16,
+    "norm_groups": 32,
+}
 DIGITS = {
-    "resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 24, "channel_mult": (1, 2), "blocks": 1,
-    "attention_resolutions": (4,), "head_channels": 24, "num_classes": 10,
-}  # fmt: skip
+    "resolution": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "channels": 24,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attention_resolutions": (4,),
+    "head_channels": 24,
+    "num_classes": 10,
+}
 PLAIN = {
-    "resolution": 8, "channels": 16, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (8,), "head_channels": 8,
+    "resolution": 8,
+    "channels": 16,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attention_resolutions": (8,),
+    "head_channels": 8,
     "resblock_updown": False,
-}  # fmt: skip
+}
 SHAPES = {"imagenet64": IMAGENET64, "lsun256": LSUN256, "digits": DIGITS, "plain": PLAIN}
 
 

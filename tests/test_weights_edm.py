@@ -17,14 +17,29 @@ from fastcm.weights.edm import read_edm
 
 BOX = torch.full((1, 1, 2, 2), 0.25)
 SONG_KWARGS = {
-    "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "label_dim": 3, "augment_dim": 2,
-    "dropout": 0.13, "embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard",
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "label_dim": 3,
+    "augment_dim": 2,
+    "dropout": 0.13,
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
     "resample_filter": [1, 1],
-}  # fmt: skip
+}
 NCSNPP_KWARGS = {
-    "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "embedding_type": "fourier",
-    "channel_mult_noise": 2, "encoder_type": "residual", "resample_filter": [1, 3, 3, 1],
-}  # fmt: skip
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "embedding_type": "fourier",
+    "channel_mult_noise": 2,
+    "encoder_type": "residual",
+    "resample_filter": [1, 3, 3, 1],
+}
 ADM_KWARGS = {"model_channels": 128, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "label_dim": 3, "augment_dim": 2}
 
 

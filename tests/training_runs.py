@@ -11,9 +11,16 @@ from fastcm.training.run import RunResult
 from fastcm.training.trainer import Trainer
 
 SMALL = {
-    "network.channels": 8, "network.head_channels": 8, "network.channel_mult": (1, 2), "network.blocks": 1, "batch": 16,
-    "precision": "fp32", "device": "cpu", "compile": "off", "checkpoint_every_s": 1e9,
-}  # fmt: skip
+    "network.channels": 8,
+    "network.head_channels": 8,
+    "network.channel_mult": (1, 2),
+    "network.blocks": 1,
+    "batch": 16,
+    "precision": "fp32",
+    "device": "cpu",
+    "compile": "off",
+    "checkpoint_every_s": 1e9,
+}
 
 
 def small_run(

@@ -94,8 +94,16 @@ def identity(args: argparse.Namespace, opened: Measured, world, grid, count: int
 
     generator, facts = opened.generator, world.protocol
     return {
-        "weights": module_sha256(generator.denoiser), "preconditioning": str(generator.preconditioning), "precision": generator.precision,
-        "device": str(generator.device), "data": facts.get("data_sha256"), "reference": facts.get("reference_sha256"),
-        "features": facts.get("features_sha256"), "judge": facts.get("judge_sha256"), "metric": args.search_metric, "count": count,
-        "first_seed": FIRST_SEED, "grid": grid,
-    }  # fmt: skip
+        "weights": module_sha256(generator.denoiser),
+        "preconditioning": str(generator.preconditioning),
+        "precision": generator.precision,
+        "device": str(generator.device),
+        "data": facts.get("data_sha256"),
+        "reference": facts.get("reference_sha256"),
+        "features": facts.get("features_sha256"),
+        "judge": facts.get("judge_sha256"),
+        "metric": args.search_metric,
+        "count": count,
+        "first_seed": FIRST_SEED,
+        "grid": grid,
+    }

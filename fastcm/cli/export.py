@@ -74,10 +74,21 @@ def run(args: argparse.Namespace) -> int:
 
     batches = to_tensorrt.profile(args.profile, args.batch)
     exported = to_onnx.export_onnx(
-        denoiser, info, out=out, steps=args.steps, sigmas=args.sigmas, precision=args.precision, target=target,
-        opset=args.opset, batch=args.batch, uint8=args.uint8, task=args.task, factor=args.factor, seeded=args.seeded,
+        denoiser,
+        info,
+        out=out,
+        steps=args.steps,
+        sigmas=args.sigmas,
+        precision=args.precision,
+        target=target,
+        opset=args.opset,
+        batch=args.batch,
+        uint8=args.uint8,
+        task=args.task,
+        factor=args.factor,
+        seeded=args.seeded,
         optimize=args.optimize,
-    )  # fmt: skip
+    )
     print("ONNX Runtime against torch, largest and mean difference of a pixel" + (" in levels of 255" if args.uint8 else " in [-1, 1]"))
     print(*table(exported.comparisons, exported.contract.tolerance), sep="\n")
     if exported.variation < VARIATION:

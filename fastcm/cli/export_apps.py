@@ -56,9 +56,15 @@ def web(args: argparse.Namespace, denoiser, info: dict) -> int:
 
     runtime = None if args.runtime is None else Path(args.runtime)
     made = export_web(
-        denoiser, info, out=Path(args.web), runtime=runtime, title=Path(args.model).resolve().stem, steps=args.steps, sigmas=args.sigmas,
+        denoiser,
+        info,
+        out=Path(args.web),
+        runtime=runtime,
+        title=Path(args.model).resolve().stem,
+        steps=args.steps,
+        sigmas=args.sigmas,
         precision=args.precision,
-    )  # fmt: skip
+    )
     for graph in made.graphs.values():
         compared(graph)
     print(f"{made.path} (onnxruntime-web {made.runtime}; look at it: python3 -m http.server 8000 --directory {made.path})")

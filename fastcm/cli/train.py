@@ -102,9 +102,15 @@ def plan(args: argparse.Namespace):
     from fastcm import runs
 
     return runs.plan(
-        args.preset, method=args.method, data=args.data, teacher=args.teacher, out=args.out, changes=changes(args),
-        config_file=args.config, complete=not args.dry_run,
-    )  # fmt: skip
+        args.preset,
+        method=args.method,
+        data=args.data,
+        teacher=args.teacher,
+        out=args.out,
+        changes=changes(args),
+        config_file=args.config,
+        complete=not args.dry_run,
+    )
 
 
 def changes(args: argparse.Namespace) -> dict:
@@ -112,11 +118,23 @@ def changes(args: argparse.Namespace) -> dict:
     from fastcm.training.config import parse_value
 
     fields = {
-        "init": args.init, "duration_kimg": args.duration, "batch": args.batch, "microbatch": args.microbatch, "seed": args.seed,
-        "device": args.device, "precision": args.precision, "lr": args.lr, "resolution": args.resolution, "compile": args.compile,
-        "bad_images": args.bad_images, "lpips_weights": args.lpips_weights, "labels_file": args.labels_file,
-        "checkpoint_every_s": args.checkpoint_every, "evaluate_every_kimg": args.evaluate_every, "sample_every_kimg": args.sample_every,
-    }  # fmt: skip
+        "init": args.init,
+        "duration_kimg": args.duration,
+        "batch": args.batch,
+        "microbatch": args.microbatch,
+        "seed": args.seed,
+        "device": args.device,
+        "precision": args.precision,
+        "lr": args.lr,
+        "resolution": args.resolution,
+        "compile": args.compile,
+        "bad_images": args.bad_images,
+        "lpips_weights": args.lpips_weights,
+        "labels_file": args.labels_file,
+        "checkpoint_every_s": args.checkpoint_every,
+        "evaluate_every_kimg": args.evaluate_every,
+        "sample_every_kimg": args.sample_every,
+    }
     for setting in args.settings:
         name, equals, value = setting.partition("=")
         if not equals:

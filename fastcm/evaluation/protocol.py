@@ -142,9 +142,9 @@ def prepare(
             shown = ",".join(metrics)
             raise InputError(f"a file of statistics with --metrics {shown}: it serves fid alone. Drop --reference, or pass --metrics fid.")
         if "fd" in metrics or (judged and ROW_METRICS & set(metrics)):
-            whole = reference if judged else compute_reference(
-                judge, images, judge.reference, data_sha256=protocol["data_sha256"], cache=cache
-            )  # fmt: skip
+            whole = (
+                reference if judged else compute_reference(judge, images, judge.reference, data_sha256=protocol["data_sha256"], cache=cache)
+            )
             kept = judge.reference[ordered(len(judge.reference), number=0) < len(whole.values)]
             parts["halving"] = halves.Features(whole.values, np.asarray(labels)[kept])
         protocol |= describe_features(extractor, reference, images, labels, rows, judged=judged)
@@ -160,9 +160,15 @@ def prepare(
 def describe_features(extractor: Extractor, reference: Reference, images, labels, rows: np.ndarray, *, judged: bool) -> dict:
     """What a reader needs to make the same distances again."""
     facts = {
-        "features_name": extractor.name, "features": extractor.description, "features_sha256": extractor.sha256, "resize": extractor.resize,
-        "bootstraps": BOOTSTRAPS, "manifold_k": 3, "manifold_rows": MANIFOLD_ROWS, "reference_count": reference.count,
-    }  # fmt: skip
+        "features_name": extractor.name,
+        "features": extractor.description,
+        "features_sha256": extractor.sha256,
+        "resize": extractor.resize,
+        "bootstraps": BOOTSTRAPS,
+        "manifold_k": 3,
+        "manifold_rows": MANIFOLD_ROWS,
+        "reference_count": reference.count,
+    }
     if images is None or reference.values is None:
         return {**facts, "reference": "statistics from a file", "reference_sha256": reference.sha256}
     what = "the images that the judge was not trained on" if judged else "all images of the data"

@@ -39,7 +39,7 @@ log = logging.getLogger("fastcm")
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU."""
+    """ "auto" is CUDA where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -53,7 +53,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """"auto" is bf16 on CUDA and fp32 elsewhere."""
+    """ "auto" is bf16 on CUDA and fp32 elsewhere."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:

@@ -6,35 +6,71 @@ from fastcm.presets.settings import TRIGFLOW_TWO_STEP, PublishedRun, objective, 
 from fastcm.training.config import TrainConfig
 
 _SONG = {
-    "kind": "song", "resolution": 32, "in_channels": 3, "out_channels": 3, "channels": 128, "channel_mult": (2, 2, 2), "blocks": 4,
-    "attention_resolutions": (16,), "num_classes": None,
-}  # fmt: skip
+    "kind": "song",
+    "resolution": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "channels": 128,
+    "channel_mult": (2, 2, 2),
+    "blocks": 4,
+    "attention_resolutions": (16,),
+    "num_classes": None,
+}
 _DDPMPP = {**_SONG, "embedding": "positional", "channel_mult_noise": 1, "encoder": "standard", "resample_filter": (1, 1)}
 _NCSNPP = {**_SONG, "embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": (1, 3, 3, 1)}
 
 # Karras et al. 2022, Table 7. AdamW without weight decay is their Adam.
 _EDM = PublishedRun(
-    network={**_DDPMPP, "dropout": 0.13}, objective=objective("edm"), steps=200_000_000 / 512, batch=512, lr=1e-3, lr_warmup_kimg=10_000.0,
-    optimizer="adamw", ema_halflife_kimg=(500.0,), ema_rampup=0.05,
-)  # fmt: skip
+    network={**_DDPMPP, "dropout": 0.13},
+    objective=objective("edm"),
+    steps=200_000_000 / 512,
+    batch=512,
+    lr=1e-3,
+    lr_warmup_kimg=10_000.0,
+    optimizer="adamw",
+    ema_halflife_kimg=(500.0,),
+    ema_rampup=0.05,
+)
 # Song et al. 2023, Table 3. With mu = 0 the target is the student itself.
 _CD = PublishedRun(
-    network=_NCSNPP, objective=replace(objective("cd"), distance="lpips", mu_schedule="zero"), steps=800_000, batch=512, lr=4e-4,
-    ema_decays=(0.9999,), two_step=0.585,
-)  # fmt: skip
+    network=_NCSNPP,
+    objective=replace(objective("cd"), distance="lpips", mu_schedule="zero"),
+    steps=800_000,
+    batch=512,
+    lr=4e-4,
+    ema_decays=(0.9999,),
+    two_step=0.585,
+)
 _CT = replace(_CD, objective=replace(objective("ct"), distance="lpips"), two_step=None)
 _ICT = PublishedRun(
-    network={**_NCSNPP, "fourier_scale": 0.02, "dropout": 0.3}, objective=replace(objective("ict"), s1=1280), steps=400_000, batch=1024,
-    lr=1e-4, ema_decays=(0.99993,), two_step=0.821,
-)  # fmt: skip
-_ECT = PublishedRun(
-    network={**_DDPMPP, "dropout": 0.2}, objective=objective("ect"), steps=200_000, batch=128, lr=1e-4, ema_decays=(0.9999,), flip=False,
+    network={**_NCSNPP, "fourier_scale": 0.02, "dropout": 0.3},
+    objective=replace(objective("ict"), s1=1280),
+    steps=400_000,
+    batch=1024,
+    lr=1e-4,
+    ema_decays=(0.99993,),
     two_step=0.821,
-)  # fmt: skip
+)
+_ECT = PublishedRun(
+    network={**_DDPMPP, "dropout": 0.2},
+    objective=objective("ect"),
+    steps=200_000,
+    batch=128,
+    lr=1e-4,
+    ema_decays=(0.9999,),
+    flip=False,
+    two_step=0.821,
+)
 _SCD = PublishedRun(
-    network=_DDPMPP, objective=objective("scd"), steps=400_000, batch=512, lr=1e-4, betas=(0.9, 0.99), ema_halflife_kimg=(500.0,),
+    network=_DDPMPP,
+    objective=objective("scd"),
+    steps=400_000,
+    batch=512,
+    lr=1e-4,
+    betas=(0.9, 0.99),
+    ema_halflife_kimg=(500.0,),
     two_step=TRIGFLOW_TWO_STEP,
-)  # fmt: skip
+)
 _SCT = replace(_SCD, network={**_DDPMPP, "dropout": 0.2}, objective=objective("sct"))
 
 
@@ -80,5 +116,6 @@ def cifar10_ect_hour(method: str = "ect", *, teacher: str | None = None, data: s
     The script's first measurement, after 80 ticks of 12.8 kimg, is the hour; it goes on to 25,600 kimg. Needs --init.
     """
     loss = replace(_ECT.objective, ect_q=256.0, s1=1)
-    return published("cifar10-ect-hour", method, {"ect": replace(_ECT, objective=loss, steps=8_000, ema_decays=(0.9993,))},
-                     teacher=teacher, data=data)  # fmt: skip
+    return published(
+        "cifar10-ect-hour", method, {"ect": replace(_ECT, objective=loss, steps=8_000, ema_decays=(0.9993,))}, teacher=teacher, data=data
+    )

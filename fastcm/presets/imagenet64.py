@@ -7,22 +7,45 @@ from fastcm.training.config import TrainConfig
 from fastcm.weights.openai import TWO_STEP_SIGMAS
 
 _ADM = {
-    "kind": "adm", "resolution": 64, "in_channels": 3, "out_channels": 3, "channels": 192, "channel_mult": (1, 2, 3, 4), "blocks": 3,
-    "attention_resolutions": (32, 16, 8), "head_channels": 64, "num_classes": 1000, "scale_shift_norm": True, "resblock_updown": True,
-}  # fmt: skip
+    "kind": "adm",
+    "resolution": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "channels": 192,
+    "channel_mult": (1, 2, 3, 4),
+    "blocks": 3,
+    "attention_resolutions": (32, 16, 8),
+    "head_channels": 64,
+    "num_classes": 1000,
+    "scale_shift_norm": True,
+    "resblock_updown": True,
+}
 _LARGE_DECAY = 0.9999432189950708  # half-life 50 million images in batches of 4096; printed as 0.999943
 
 # Karras et al. 2022, Table 7.
 _EDM = PublishedRun(
-    network={**_ADM, "dropout": 0.1}, objective=objective("edm"), steps=2_500_000_000 / 4096, batch=4096, lr=1e-4,
-    lr_warmup_kimg=10_000.0, optimizer="adamw", ema_halflife_kimg=(50_000.0,), ema_rampup=0.05, precision="fp16",
-)  # fmt: skip
+    network={**_ADM, "dropout": 0.1},
+    objective=objective("edm"),
+    steps=2_500_000_000 / 4096,
+    batch=4096,
+    lr=1e-4,
+    lr_warmup_kimg=10_000.0,
+    optimizer="adamw",
+    ema_halflife_kimg=(50_000.0,),
+    ema_rampup=0.05,
+    precision="fp16",
+)
 # Song et al. 2023, Table 3.
 _CD = PublishedRun(
-    network=_ADM, objective=replace(objective("cd"), distance="lpips", s0=40, s1=40, mu_schedule="fixed", mu0=0.95), steps=600_000,
-    batch=2048, lr=8e-6, ema_decays=(_LARGE_DECAY,), precision="fp16",
+    network=_ADM,
+    objective=replace(objective("cd"), distance="lpips", s0=40, s1=40, mu_schedule="fixed", mu0=0.95),
+    steps=600_000,
+    batch=2048,
+    lr=8e-6,
+    ema_decays=(_LARGE_DECAY,),
+    precision="fp16",
     two_step=TWO_STEP_SIGMAS["cd_imagenet64"],
-)  # fmt: skip
+)
 _CT = replace(
     _CD, objective=replace(objective("ct"), distance="lpips", s1=200, mu0=0.95), steps=800_000, two_step=TWO_STEP_SIGMAS["ct_imagenet64"]
 )
@@ -30,14 +53,30 @@ _CT = replace(
 _ECT = PublishedRun(
     network={**_ADM, "dropout": 0.4, "dropout_resolution": 16},
     objective=replace(objective("ect"), ect_q=4.0, s1=4, huber_c=0.06, loss_weight="karras", P_mean=-0.8, P_std=1.6),
-    steps=100_000, batch=128, lr=1e-4, optimizer="adamw", betas=(0.9, 0.99), ema_decays=(0.9999,), flip=False, two_step=1.526,
-)  # fmt: skip
+    steps=100_000,
+    batch=128,
+    lr=1e-4,
+    optimizer="adamw",
+    betas=(0.9, 0.99),
+    ema_decays=(0.9999,),
+    flip=False,
+    two_step=1.526,
+)
 # Lu and Song 2024, Table 4, size S. 28,391 kimg is the half-life of an average as wide as theirs: 0.05 of the run's length, times ln 2.
 _SCD = PublishedRun(
-    network=_ADM, objective=replace(objective("scd"), P_std=1.6, tangent_warmup_kimg=20_480.0), steps=400_000, batch=2048, lr=1e-4,
-    optimizer="adamw", betas=(0.9, 0.99), eps=1e-11, ema_halflife_kimg=(28_391.0,), flip=False, precision="fp16",
+    network=_ADM,
+    objective=replace(objective("scd"), P_std=1.6, tangent_warmup_kimg=20_480.0),
+    steps=400_000,
+    batch=2048,
+    lr=1e-4,
+    optimizer="adamw",
+    betas=(0.9, 0.99),
+    eps=1e-11,
+    ema_halflife_kimg=(28_391.0,),
+    flip=False,
+    precision="fp16",
     two_step=TRIGFLOW_TWO_STEP,
-)  # fmt: skip
+)
 _SCT = replace(_SCD, network={**_ADM, "dropout": 0.45, "dropout_resolution": 16})
 
 

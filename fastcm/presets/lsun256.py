@@ -7,22 +7,45 @@ from fastcm.training.config import TrainConfig
 from fastcm.weights.openai import TWO_STEP_SIGMAS
 
 _ADM = {
-    "kind": "adm", "resolution": 256, "in_channels": 3, "out_channels": 3, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2,
-    "attention_resolutions": (32, 16, 8), "head_channels": 64, "num_classes": None, "scale_shift_norm": False, "resblock_updown": True,
-}  # fmt: skip
+    "kind": "adm",
+    "resolution": 256,
+    "in_channels": 3,
+    "out_channels": 3,
+    "channels": 256,
+    "channel_mult": (1, 1, 2, 2, 4, 4),
+    "blocks": 2,
+    "attention_resolutions": (32, 16, 8),
+    "head_channels": 64,
+    "num_classes": None,
+    "scale_shift_norm": False,
+    "resblock_updown": True,
+}
 _LARGE_DECAY = 0.9999432189950708  # printed as 0.999943
 
 # Song et al. 2023, Appendix C: as ImageNet-64 (Karras et al. 2022, Table 7) with batches of 2048.
 _EDM = PublishedRun(
-    network={**_ADM, "dropout": 0.1}, objective=objective("edm"), steps=600_000, batch=2048, lr=1e-4, lr_warmup_kimg=10_000.0,
-    optimizer="adamw", ema_decays=(_LARGE_DECAY,), ema_rampup=0.05, precision="fp16",
-)  # fmt: skip
+    network={**_ADM, "dropout": 0.1},
+    objective=objective("edm"),
+    steps=600_000,
+    batch=2048,
+    lr=1e-4,
+    lr_warmup_kimg=10_000.0,
+    optimizer="adamw",
+    ema_decays=(_LARGE_DECAY,),
+    ema_rampup=0.05,
+    precision="fp16",
+)
 # Song et al. 2023, Table 3.
 _CD = PublishedRun(
-    network=_ADM, objective=replace(objective("cd"), distance="lpips", s0=40, s1=40, mu_schedule="fixed", mu0=0.95), steps=600_000,
-    batch=2048, lr=1e-5, ema_decays=(_LARGE_DECAY,), precision="fp16",
+    network=_ADM,
+    objective=replace(objective("cd"), distance="lpips", s0=40, s1=40, mu_schedule="fixed", mu0=0.95),
+    steps=600_000,
+    batch=2048,
+    lr=1e-5,
+    ema_decays=(_LARGE_DECAY,),
+    precision="fp16",
     two_step=TWO_STEP_SIGMAS["cd_bedroom256_lpips"],
-)  # fmt: skip
+)
 _CT = replace(
     _CD, objective=replace(objective("ct"), distance="lpips", mu0=0.95), steps=1_000_000, two_step=TWO_STEP_SIGMAS["ct_bedroom256"]
 )

@@ -16,9 +16,18 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
     """
     check_method("digits", method, METHODS)
     network = {
-        "kind": "adm", "resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 24, "channel_mult": (1, 2), "blocks": 1,
-        "attention_resolutions": (4,), "head_channels": 24, "num_classes": 10, "resblock_updown": False,
-    }  # fmt: skip
+        "kind": "adm",
+        "resolution": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "channels": 24,
+        "channel_mult": (1, 2),
+        "blocks": 1,
+        "attention_resolutions": (4,),
+        "head_channels": 24,
+        "num_classes": 10,
+        "resblock_updown": False,
+    }
     optimizer = OptimizerConfig(kind="radam", lr=2e-3, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(30.0,), ema_rampup=0.1)
     loss = objective(method)
     if method == "ict":
@@ -32,10 +41,19 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
     if method == "scd":
         loss = replace(smoothed(loss), tangent_warmup_kimg=4.0)
     return TrainConfig(
-        preset="digits", method=method, data=data or "digits", network=network, noise=own_noise(method), objective=loss,
-        optimizer=optimizer, duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0), batch=64, resolution=8, teacher=teacher,
+        preset="digits",
+        method=method,
+        data=data or "digits",
+        network=network,
+        noise=own_noise(method),
+        objective=loss,
+        optimizer=optimizer,
+        duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0),
+        batch=64,
+        resolution=8,
+        teacher=teacher,
         precision=own_precision(method),
-    )  # fmt: skip
+    )
 
 
 def own_noise(method: str) -> Preconditioning:
@@ -60,9 +78,18 @@ def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None
     """
     check_method("emoji32", method, ("edm", "cd", "ict", "ect"))
     network = {
-        "kind": "adm", "resolution": 32, "in_channels": 3, "out_channels": 3, "channels": 32, "channel_mult": (1, 2, 2), "blocks": 1,
-        "attention_resolutions": (8,), "head_channels": 32, "num_classes": None, "resblock_updown": False,
-    }  # fmt: skip
+        "kind": "adm",
+        "resolution": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "channels": 32,
+        "channel_mult": (1, 2, 2),
+        "blocks": 1,
+        "attention_resolutions": (8,),
+        "head_channels": 32,
+        "num_classes": None,
+        "resblock_updown": False,
+    }
     optimizer = OptimizerConfig(kind="radam", lr=1e-3, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(20.0,), ema_rampup=0.1)
     loss = objective(method)
     if method == "ict":
@@ -72,9 +99,18 @@ def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None
     if method == "ect":
         loss = replace(loss, P_mean=0.6, P_std=2.0)
     return TrainConfig(
-        preset="emoji32", method=method, data=data or "emoji32", network=network, noise=noise(method), objective=loss,
-        optimizer=optimizer, duration_kimg=128.0, batch=64, resolution=32, teacher=teacher,
-    )  # fmt: skip
+        preset="emoji32",
+        method=method,
+        data=data or "emoji32",
+        network=network,
+        noise=noise(method),
+        objective=loss,
+        optimizer=optimizer,
+        duration_kimg=128.0,
+        batch=64,
+        resolution=32,
+        teacher=teacher,
+    )
 
 
 def emoji32_large(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
@@ -84,17 +120,35 @@ def emoji32_large(method: str = "ict", *, teacher: str | None = None, data: str 
     """
     check_method("emoji32-large", method, ("edm", "cd", "ict", "ect"))
     network = {
-        "kind": "song", "resolution": 32, "in_channels": 3, "out_channels": 3, "channels": 128, "channel_mult": (2, 2, 2), "blocks": 2,
-        "attention_resolutions": (16,), "dropout": 0.2, "num_classes": None,
-    }  # fmt: skip
+        "kind": "song",
+        "resolution": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "channels": 128,
+        "channel_mult": (2, 2, 2),
+        "blocks": 2,
+        "attention_resolutions": (16,),
+        "dropout": 0.2,
+        "num_classes": None,
+    }
     optimizer = OptimizerConfig(kind="radam", lr=4e-4, lr_decay="linear", ema_halflife_kimg=(200.0,), ema_rampup=0.05)
     loss = objective(method)
     if method == "ict":
         loss = replace(loss, s1=320)
     return TrainConfig(
-        preset="emoji32-large", method=method, data=data or "emoji32", network=network, noise=noise(method, kind="song"), objective=loss,
-        optimizer=optimizer, duration_kimg=8000.0, batch=256, resolution=32, teacher=teacher, sample_every_kimg=500.0,
-    )  # fmt: skip
+        preset="emoji32-large",
+        method=method,
+        data=data or "emoji32",
+        network=network,
+        noise=noise(method, kind="song"),
+        objective=loss,
+        optimizer=optimizer,
+        duration_kimg=8000.0,
+        batch=256,
+        resolution=32,
+        teacher=teacher,
+        sample_every_kimg=500.0,
+    )
 
 
 def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | None = None) -> TrainConfig:
@@ -104,15 +158,30 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
     levels = max(1, min(4, (resolution & -resolution).bit_length() - 3))  # halve down to 8 pixels, as far as the size divides
     width = 32 if resolution <= 16 else 64 if resolution <= 32 else 128
     network = {
-        "kind": "adm", "resolution": resolution, "in_channels": dataset.channels, "out_channels": dataset.channels, "channels": width,
-        "channel_mult": (1, 2, 2, 2)[:levels], "blocks": 1 if resolution <= 16 else 2, "head_channels": 32,
+        "kind": "adm",
+        "resolution": resolution,
+        "in_channels": dataset.channels,
+        "out_channels": dataset.channels,
+        "channels": width,
+        "channel_mult": (1, 2, 2, 2)[:levels],
+        "blocks": 1 if resolution <= 16 else 2,
+        "head_channels": 32,
         "attention_resolutions": tuple(resolution >> level for level in range(1, levels) if resolution >> level <= 16),
         "num_classes": len(dataset.class_names) if dataset.class_names else None,
-    }  # fmt: skip
+    }
     optimizer = OptimizerConfig(kind="radam", lr=4e-4, ema_halflife_kimg=(500.0,))
     return TrainConfig(
-        preset="folder", method=method, data=data, network=network, noise=own_noise(method),
+        preset="folder",
+        method=method,
+        data=data,
+        network=network,
+        noise=own_noise(method),
         objective=smoothed(objective(method)) if method == "scd" else objective(method),
-        optimizer=optimizer, duration_kimg=5000.0, batch=128, resolution=resolution, teacher=teacher, sample_every_kimg=100.0,
+        optimizer=optimizer,
+        duration_kimg=5000.0,
+        batch=128,
+        resolution=resolution,
+        teacher=teacher,
+        sample_every_kimg=100.0,
         precision=own_precision(method),
-    )  # fmt: skip
+    )

@@ -24,16 +24,31 @@ def objective(method: str) -> ObjectiveConfig:
         "cd": ObjectiveConfig(curriculum="fixed", s0=18, s1=18, mu_schedule="fixed", mu0=0.0, solver="heun"),
         "ct": ObjectiveConfig(curriculum="progressive", s0=2, s1=150, mu_schedule="adaptive", mu0=0.9),
         "ict": ObjectiveConfig(
-            distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=-1.1, P_std=2.0,
-            curriculum="doubling", s0=10, s1=160, mu_schedule="zero",
+            distance="pseudo_huber",
+            loss_weight="1/gap",
+            pairs="log-normal",
+            P_mean=-1.1,
+            P_std=2.0,
+            curriculum="doubling",
+            s0=10,
+            s1=160,
+            mu_schedule="zero",
         ),
         "ect": ObjectiveConfig(
-            distance="pseudo_huber", huber_c=0.0, loss_weight="1/gap", pairs="ect", P_mean=-1.1, P_std=2.0,
-            curriculum="stages", s0=1, s1=8, mu_schedule="zero",
+            distance="pseudo_huber",
+            huber_c=0.0,
+            loss_weight="1/gap",
+            pairs="ect",
+            P_mean=-1.1,
+            P_std=2.0,
+            curriculum="stages",
+            s0=1,
+            s1=8,
+            mu_schedule="zero",
         ),
         "scd": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
         "sct": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
-    }[method]  # fmt: skip
+    }[method]
 
 
 def noise(method: str, *, kind: str = "adm") -> Preconditioning:
@@ -90,16 +105,32 @@ class PublishedRun:
     def config(self, preset: str, method: str, *, teacher: str | None, data: str | None) -> TrainConfig:
         halflives = tuple(ema_halflife_kimg(decay, self.batch) for decay in self.ema_decays)
         optimizer = OptimizerConfig(
-            kind=self.optimizer, lr=self.lr, betas=self.betas, eps=self.eps, lr_warmup_kimg=self.lr_warmup_kimg,
-            ema_halflife_kimg=halflives or self.ema_halflife_kimg, ema_rampup=self.ema_rampup,
-        )  # fmt: skip
+            kind=self.optimizer,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            lr_warmup_kimg=self.lr_warmup_kimg,
+            ema_halflife_kimg=halflives or self.ema_halflife_kimg,
+            ema_rampup=self.ema_rampup,
+        )
         levels = noise(method, kind=self.network["kind"])
         return TrainConfig(
-            preset=preset, method=method, data=data or "", network=dict(self.network), noise=levels,
-            objective=self.objective, optimizer=optimizer, duration_kimg=self.steps * self.batch / 1000, batch=self.batch,
-            resolution=self.network["resolution"], flip=self.flip, precision=self.precision, teacher=teacher, checkpoint_every_s=600.0,
+            preset=preset,
+            method=method,
+            data=data or "",
+            network=dict(self.network),
+            noise=levels,
+            objective=self.objective,
+            optimizer=optimizer,
+            duration_kimg=self.steps * self.batch / 1000,
+            batch=self.batch,
+            resolution=self.network["resolution"],
+            flip=self.flip,
+            precision=self.precision,
+            teacher=teacher,
+            checkpoint_every_s=600.0,
             sampling={} if self.two_step is None else {"2": [levels.sigma_max, self.two_step]},
-        )  # fmt: skip
+        )
 
 
 def published(preset: str, method: str, runs: Mapping[str, PublishedRun], *, teacher: str | None, data: str | None) -> TrainConfig:

@@ -65,13 +65,21 @@ class Endpoints:
         self.draining = False
         self.edits = 0
         self.batcher = Batcher(
-            self._draw, max_batch=limits.max_batch, window_s=limits.window_s, queue_images=limits.queue_images,
-            clients=clients, drawn=self.metrics.drawn,
-        )  # fmt: skip
+            self._draw,
+            max_batch=limits.max_batch,
+            window_s=limits.window_s,
+            queue_images=limits.queue_images,
+            clients=clients,
+            drawn=self.metrics.drawn,
+        )
         self.paths = {
-            "/": ("GET", self.about), "/health": ("GET", self.health), "/metrics": ("GET", self.counts),
-            "/image": ("GET", self.image), "/generate": ("POST", self.generate), "/inpaint": ("POST", self.inpaint),
-        }  # fmt: skip
+            "/": ("GET", self.about),
+            "/health": ("GET", self.health),
+            "/metrics": ("GET", self.counts),
+            "/image": ("GET", self.image),
+            "/generate": ("POST", self.generate),
+            "/inpaint": ("POST", self.inpaint),
+        }
 
     def _draw(self, seeds: np.ndarray, labels: np.ndarray | None, how) -> np.ndarray:
         return self.generator(seeds, labels, **dict([how]))
@@ -153,11 +161,18 @@ class Endpoints:
     async def _sent(self, images: np.ndarray, wanted: asked.Asked) -> Answer:
         if wanted.output == "png":
             return Answer(200, await asyncio.to_thread(png, images), "image/png")
-        return Answer(200, _json({
-            "shape": list(images.shape), "dtype": "uint8", "seeds": wanted.seeds.tolist(),
-            "labels": None if wanted.labels is None else wanted.labels.tolist(),
-            "images": [base64.b64encode(image.tobytes()).decode() for image in images],
-        }))  # fmt: skip
+        return Answer(
+            200,
+            _json(
+                {
+                    "shape": list(images.shape),
+                    "dtype": "uint8",
+                    "seeds": wanted.seeds.tolist(),
+                    "labels": None if wanted.labels is None else wanted.labels.tolist(),
+                    "images": [base64.b64encode(image.tobytes()).decode() for image in images],
+                }
+            ),
+        )
 
 
 def png(images: np.ndarray) -> bytes:

@@ -38,7 +38,7 @@ def json_object(body: bytes, known: Iterable[str]) -> dict[str, Any]:
     except ValueError as error:  # of JSON, of UTF-8, and of integers too long to convert
         raise InputError(f"not JSON in the body: {str(error).splitlines()[0][:100]}. Send one object.") from None
     if not isinstance(content, dict):
-        raise InputError(f"not a JSON object in the body: {type(content).__name__}. Send one as {{\"seeds\": [0]}}.")
+        raise InputError(f'not a JSON object in the body: {type(content).__name__}. Send one as {{"seeds": [0]}}.')
     for name in content:
         if name not in list(known):
             remedy = nearest(name, known) or f" Use some of {', '.join(known)}."

@@ -28,9 +28,16 @@ async def _serve(generator, name: str, host: str, port: int, limits: Limits, rea
     app = web.Application(client_max_size=limits.body_bytes)
     # A client that leaves cancels its handler, which takes its images out of the queue.
     runner = web.AppRunner(
-        app, handle_signals=False, access_log=None, handler_cancellation=True, keepalive_timeout=IDLE_S, lingering_time=1.0,
-        shutdown_timeout=GRACE_S, tcp_keepalive=True, logger=_silent(),
-    )  # fmt: skip
+        app,
+        handle_signals=False,
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=IDLE_S,
+        lingering_time=1.0,
+        shutdown_timeout=GRACE_S,
+        tcp_keepalive=True,
+        logger=_silent(),
+    )
     endpoints = Endpoints(generator, name, limits, clients=lambda: len(runner.server.connections))
     app.router.add_route("*", "/{path:.*}", _handler(endpoints))
     await runner.setup()

@@ -158,6 +158,9 @@ class CapturedStep:
 def _varied(batch: Batch) -> Batch:
     """Another batch of the same shapes: the images in another order, with other labels, other noise and other sides."""
     return Batch(
-        batch.images.flip(0), None if batch.labels is None else batch.labels.roll(1), batch.seed,
-        batch.position + len(batch.position), None if batch.flip is None else ~batch.flip,
-    )  # fmt: skip
+        batch.images.flip(0),
+        None if batch.labels is None else batch.labels.roll(1),
+        batch.seed,
+        batch.position + len(batch.position),
+        None if batch.flip is None else ~batch.flip,
+    )

@@ -74,10 +74,15 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         for name, choices in (
-            ("distance", DISTANCES), ("loss_weight", LOSS_WEIGHTS), ("pairs", PAIRS),
-            ("curriculum", CURRICULA), ("mu_schedule", MU_SCHEDULES), ("solver", tuple(STEPS)), ("tangent", TANGENTS),
+            ("distance", DISTANCES),
+            ("loss_weight", LOSS_WEIGHTS),
+            ("pairs", PAIRS),
+            ("curriculum", CURRICULA),
+            ("mu_schedule", MU_SCHEDULES),
+            ("solver", tuple(STEPS)),
+            ("tangent", TANGENTS),
             ("adaptive_weight", (True, False)),
-        ):  # fmt: skip
+        ):
             _choice(f"objective.{name}", getattr(self, name), choices)
         if self.huber_c is not None:
             _number("objective.huber_c", self.huber_c, 0)

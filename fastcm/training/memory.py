@@ -107,9 +107,15 @@ def _trainer(config: TrainConfig, device: torch.device, distance: nn.Module | No
     if config.method in TAUGHT_METHODS:
         teacher = Denoiser(copy.deepcopy(network), replace(config.noise, form="edm"))
     return Trainer(
-        config, network, target_of(network, config), _blank(config), device=device, precision=resolve_precision(config.precision, device),
-        compiled=False, guides=Guides(teacher=teacher, feature_distance=distance),
-    )  # fmt: skip
+        config,
+        network,
+        target_of(network, config),
+        _blank(config),
+        device=device,
+        precision=resolve_precision(config.precision, device),
+        compiled=False,
+        guides=Guides(teacher=teacher, feature_distance=distance),
+    )
 
 
 def _blank(config: TrainConfig) -> Dataset:
@@ -138,10 +144,12 @@ def _batch(trainer: Trainer) -> Batch:
     side, channels = config.network["resolution"], config.network["in_channels"]
     labels = torch.zeros(config.batch, dtype=torch.int64, device=device) if config.network.get("num_classes") else None
     return Batch(
-        torch.zeros(config.batch, channels, side, side, dtype=torch.uint8, device=device), labels, trainer.seed,
+        torch.zeros(config.batch, channels, side, side, dtype=torch.uint8, device=device),
+        labels,
+        trainer.seed,
         torch.zeros(config.batch, dtype=torch.int64, device=device),
         torch.zeros(config.batch, dtype=torch.bool, device=device) if config.flip else None,
-    )  # fmt: skip
+    )
 
 
 def _lasting(trainer: Trainer) -> dict[str, int]:

@@ -8,15 +8,7 @@ from torch import Tensor, nn
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.log_weight import LogWeight
-from fastcm.consistency.objective import (
-    Batch,
-    FeatureDistance,
-    TeacherStep,
-    consistency_loss,
-    continuous_loss,
-    edm_loss,
-    loss_weight,
-)
+from fastcm.consistency.objective import Batch, FeatureDistance, TeacherStep, consistency_loss, continuous_loss, edm_loss, loss_weight
 from fastcm.consistency.solver import solver_step
 from fastcm.consistency.tangent import network_tangent
 from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig
@@ -41,8 +33,17 @@ class MethodLoss:
     log_weight: the trained w(sigma) of continuous-time methods, to be optimised along; None elsewhere.
     """
 
-    def __init__(self, config: TrainConfig, student: Denoiser, target: Denoiser, guides: Guides, *, tangent_network: nn.Module,
-                 image_shape: tuple[int, int, int], compiled: bool):  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Denoiser,
+        target: Denoiser,
+        guides: Guides,
+        *,
+        tangent_network: nn.Module,
+        image_shape: tuple[int, int, int],
+        compiled: bool,
+    ):
         self.config, self.student, self.target = config, student, target
         self.teacher = guides.teacher
         self.teacher_step = None if guides.teacher is None else bind_teacher(guides.teacher, config.objective.solver)
@@ -61,15 +62,28 @@ class MethodLoss:
             return edm_loss(self.student, batch, sigma_draw(objective, u), factor=factor)
         if self.config.method in CONTINUOUS_METHODS:
             return continuous_loss(
-                self.student, batch, sigma_draw(objective, u), tangent=self.tangent, warmup=scalars.tangent_warmup,
-                tangent_c=objective.tangent_c, teacher=self.teacher, log_weight=self.log_weight, factor=factor,
-            )  # fmt: skip
+                self.student,
+                batch,
+                sigma_draw(objective, u),
+                tangent=self.tangent,
+                warmup=scalars.tangent_warmup,
+                tangent_c=objective.tangent_c,
+                teacher=self.teacher,
+                log_weight=self.log_weight,
+                factor=factor,
+            )
         sigma_hi, sigma_lo = sigma_pair(self.config, u, scalars.steps)
         return consistency_loss(
-            self.student, self.target, batch, sigma_hi, sigma_lo,
+            self.student,
+            self.target,
+            batch,
+            sigma_hi,
+            sigma_lo,
             weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data) * factor,
-            distance=self.distance, huber_c=self.huber_c, teacher_step=self.teacher_step,
-        )  # fmt: skip
+            distance=self.distance,
+            huber_c=self.huber_c,
+            teacher_step=self.teacher_step,
+        )
 
 
 def bind_teacher(teacher: Denoiser, solver: str) -> TeacherStep:

@@ -88,9 +88,12 @@ class Monitor:
         trainer, count = self.trainer, CONSISTENCY_IMAGES
         images, labels, _ = trainer.dataset.batch(0, count, seed=trainer.config.seed)
         value = evaluation.self_consistency(
-            generator.denoiser, images.to(trainer.device), labels=None if labels is None else labels.to(trainer.device),
-            seed=0, teacher=trainer.method_loss.teacher,
-        )  # fmt: skip
+            generator.denoiser,
+            images.to(trainer.device),
+            labels=None if labels is None else labels.to(trainer.device),
+            seed=0,
+            teacher=trainer.method_loss.teacher,
+        )
         self.folder.append_log({"nimg": trainer.nimg, "self_consistency": value})
         self._scalars({"self_consistency": value}, trainer.nimg)
 

@@ -70,13 +70,25 @@ class FlatOptimizer:
         """One update, in place. lr, mu: fp32 [1]; ema_decays: fp32 [k]. A grad_norm that is not finite leaves every buffer as it was."""
         config, buffers = self.config, self.buffers
         kernels.optimizer_step(
-            config.kind, buffers["weights"], self.collected, buffers["exp_avg"], buffers["exp_avg_sq"],
-            step=self.steps_taken, lr=lr, grad_norm=grad_norm, betas=config.betas, eps=config.eps,
-            weight_decay=config.weight_decay, clip=config.clip,
-            target=buffers.get("target"), mu=mu if self.target is not None else None,
-            averages=tuple(buffers[f"ema_{i}"] for i in range(len(config.ema_halflife_kimg))), decays=ema_decays,
-            low_precision=self.low_precision, target_low_precision=self.target_low_precision,
-        )  # fmt: skip
+            config.kind,
+            buffers["weights"],
+            self.collected,
+            buffers["exp_avg"],
+            buffers["exp_avg_sq"],
+            step=self.steps_taken,
+            lr=lr,
+            grad_norm=grad_norm,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+            target=buffers.get("target"),
+            mu=mu if self.target is not None else None,
+            averages=tuple(buffers[f"ema_{i}"] for i in range(len(config.ema_halflife_kimg))),
+            decays=ema_decays,
+            low_precision=self.low_precision,
+            target_low_precision=self.target_low_precision,
+        )
 
     def check_views(self) -> None:
         """Raises where a module's parameters are no longer views of the buffers, so that training would change nothing."""

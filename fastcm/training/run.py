@@ -70,10 +70,16 @@ def check_against(model: Denoiser, info: dict, config: TrainConfig, dataset: Dat
 
 
 def run(
-    config: TrainConfig, out: Path, *, dataset: Dataset, network: nn.Module | None = None,
-    teacher: tuple[Denoiser, dict] | None = None, init: tuple[Denoiser, dict] | None = None, callbacks: Callbacks = (),
+    config: TrainConfig,
+    out: Path,
+    *,
+    dataset: Dataset,
+    network: nn.Module | None = None,
+    teacher: tuple[Denoiser, dict] | None = None,
+    init: tuple[Denoiser, dict] | None = None,
+    callbacks: Callbacks = (),
     processes: Processes | None = None,
-) -> RunResult:  # fmt: skip
+) -> RunResult:
     """Trains, or resumes what stands in `out`. network: a module of the user's own, F(x, c_noise, labels); else the config's is built.
 
     teacher, init: opened models (denoiser, config.json). processes: those that train together, each in this call; alone by default.
@@ -101,9 +107,16 @@ def run(
     try:
         network = network.to(device).train()
         trainer = Trainer(
-            config, network, target_of(network, config), dataset, device=device, precision=precision,
-            compiled=resolve_compile(config.compile, device), guides=guides, processes=processes,
-        )  # fmt: skip
+            config,
+            network,
+            target_of(network, config),
+            dataset,
+            device=device,
+            precision=precision,
+            compiled=resolve_compile(config.compile, device),
+            guides=guides,
+            processes=processes,
+        )
         return Session(trainer, out, folder, callbacks).train()
     finally:
         if folder is not None:

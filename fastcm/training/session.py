@@ -164,9 +164,12 @@ class Session:
         }
         return {
             "classes": list(dataset.class_names) if dataset.class_names else None,
-            "resolution": dataset.resolution, "channels": dataset.channels,
-            "training": training, "sampling": config.sampling, "licence": None,
-        }  # fmt: skip
+            "resolution": dataset.resolution,
+            "channels": dataset.channels,
+            "training": training,
+            "sampling": config.sampling,
+            "licence": None,
+        }
 
     def _save_models(self, folder: Path, name: str) -> None:
         """Writes the first average as the model folder `name`, and each other one as `name`-ema-<half-life>kimg."""

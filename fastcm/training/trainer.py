@@ -53,8 +53,19 @@ class Trainer:
     Of every batch this process takes its share, and of its share `microbatch` images at a time, halved where memory runs out.
     """
 
-    def __init__(self, config: TrainConfig, network: nn.Module, target_network: nn.Module | None, dataset: Dataset, *, device: torch.device,
-                 precision: str, compiled: bool, guides: Guides | None = None, processes: Processes | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: nn.Module,
+        target_network: nn.Module | None,
+        dataset: Dataset,
+        *,
+        device: torch.device,
+        precision: str,
+        compiled: bool,
+        guides: Guides | None = None,
+        processes: Processes | None = None,
+    ):
         self.config, self.dataset, self.device = config, dataset, device
         self.processes = processes or Processes()
         self.share = self.processes.share(config.batch)
@@ -66,9 +77,14 @@ class Trainer:
             self.target = Denoiser(torch.compile(target_network) if compiled else target_network, config.noise)
         with device:  # what the loss learns is made there
             self.method_loss = MethodLoss(
-                config, self.student, self.target, guides or Guides(), tangent_network=network,
-                image_shape=(dataset.channels, dataset.resolution, dataset.resolution), compiled=compiled,
-            )  # fmt: skip
+                config,
+                self.student,
+                self.target,
+                guides or Guides(),
+                tangent_network=network,
+                image_shape=(dataset.channels, dataset.resolution, dataset.resolution),
+                compiled=compiled,
+            )
         self.optimizers = {"": self.optimizer}  # by the prefix of their parts in a checkpoint
         if self.method_loss.log_weight is not None:
             self.optimizers["log_weight."] = FlatOptimizer(self.method_loss.log_weight, None, config.optimizer)

@@ -21,10 +21,18 @@ DOWN_TYPES = {True: "ResnetDownsampleBlock2D", False: "DownBlock2D"}  # levels w
 UP_TYPES = {True: "ResnetUpsampleBlock2D", False: "UpBlock2D"}
 # What UNet2DModel must say where fastcm's network has no choice; the first value is diffusers' default.
 FIXED = {
-    "center_input_sample": (False,), "time_embedding_type": ("positional",), "freq_shift": (0,), "flip_sin_to_cos": (True,),
-    "mid_block_type": ("UNetMidBlock2D",), "mid_block_scale_factor": (1,), "downsample_padding": (1,), "act_fn": ("silu", "swish"),
-    "norm_eps": (1e-5,), "add_attention": (True,), "class_embed_type": (None,),
-}  # fmt: skip
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "freq_shift": (0,),
+    "flip_sin_to_cos": (True,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_padding": (1,),
+    "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+}
 
 
 def read_diffusers(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
@@ -164,13 +172,25 @@ def to_config(network: nn.Module) -> dict:
 
 
 ENDS = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
 LAYERS = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut", "norm": "group_norm", "proj_out": "to_out.0", "op": "conv", "conv": "conv",
-}  # fmt: skip
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
+    "op": "conv",
+    "conv": "conv",
+}
 QKV = ("to_q", "to_k", "to_v")
 
 

@@ -23,17 +23,29 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's sampling range, where the file says 
 SHARED = {"in_channels": ("in_channels", 3), "out_channels": ("out_channels", 3)}
 SONG = {
     **SHARED,
-    "augment_dim": ("augment_channels", 0), "model_channels": ("channels", 128), "channel_mult": ("channel_mult", (1, 2, 2, 2)),
-    "channel_mult_emb": ("channel_mult_emb", 4), "num_blocks": ("blocks", 4), "attn_resolutions": ("attention_resolutions", (16,)),
-    "dropout": ("dropout", 0.1), "embedding_type": ("embedding", "positional"), "channel_mult_noise": ("channel_mult_noise", 1),
-    "encoder_type": ("encoder", "standard"), "decoder_type": ("decoder", "standard"), "resample_filter": ("resample_filter", (1, 1)),
+    "augment_dim": ("augment_channels", 0),
+    "model_channels": ("channels", 128),
+    "channel_mult": ("channel_mult", (1, 2, 2, 2)),
+    "channel_mult_emb": ("channel_mult_emb", 4),
+    "num_blocks": ("blocks", 4),
+    "attn_resolutions": ("attention_resolutions", (16,)),
+    "dropout": ("dropout", 0.1),
+    "embedding_type": ("embedding", "positional"),
+    "channel_mult_noise": ("channel_mult_noise", 1),
+    "encoder_type": ("encoder", "standard"),
+    "decoder_type": ("decoder", "standard"),
+    "resample_filter": ("resample_filter", (1, 1)),
     "label_dim": ("num_classes", 0),
-}  # fmt: skip
+}
 ADM = {
     **SHARED,
-    "model_channels": ("channels", 192), "channel_mult": ("channel_mult", (1, 2, 3, 4)), "num_blocks": ("blocks", 3),
-    "attn_resolutions": ("attention_resolutions", (32, 16, 8)), "dropout": ("dropout", 0.1), "label_dim": ("num_classes", 0),
-}  # fmt: skip
+    "model_channels": ("channels", 192),
+    "channel_mult": ("channel_mult", (1, 2, 3, 4)),
+    "num_blocks": ("blocks", 3),
+    "attn_resolutions": ("attention_resolutions", (32, 16, 8)),
+    "dropout": ("dropout", 0.1),
+    "label_dim": ("num_classes", 0),
+}
 IGNORED = ("img_resolution", "label_dropout", "use_fp16")
 
 

@@ -20,9 +20,13 @@ NORM_GROUPS = 32  # fixed in OpenAI's network
 IMAGE_SIZES = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256, (0.5, 1, 1, 2, 2, 4, 4): 512}
 # Second noise level of the published two-step samplers, by how the files are named (launch.sh of the repository).
 TWO_STEP_SIGMAS = {
-    "cd_imagenet64": 1.382, "ct_imagenet64": 1.913, "cd_bedroom256_lpips": 4.366, "cd_bedroom256_l2": 3.520, "ct_bedroom256": 3.991,
+    "cd_imagenet64": 1.382,
+    "ct_imagenet64": 1.913,
+    "cd_bedroom256_lpips": 4.366,
+    "cd_bedroom256_l2": 3.520,
+    "ct_bedroom256": 3.991,
     "ct_cat256": 5.249,
-}  # fmt: skip
+}
 
 
 def read_openai(
