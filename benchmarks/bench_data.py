@@ -22,9 +22,9 @@ from fastcm.benchmarks.models import MODELS
 from fastcm.benchmarks.options import add_options, names, sizes
 from fastcm.benchmarks.results_file import ResultsFile, Row
 from fastcm.benchmarks.train_backends import Job, dataset
-from fastcm.training import cache_building, image_cache, sources
-from fastcm.training.data import Dataset, open_dataset
-from fastcm.training.decode_pool import cores
+from fastcm.data import cache_building, image_cache, sources
+from fastcm.data.dataset import Dataset, open_dataset
+from fastcm.data.decode_pool import cores
 from fastcm.training.trainer import Trainer
 
 IDENTITY = ("bench", "op", "pictures", "backend", "model", "batch")

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from fastcm.benchmarks.results_file import machine
+from fastcm.data.dataset import open_dataset
 from fastcm.generation import pictures
-from fastcm.training.data import open_dataset
 
 PAGE, FOLDER = Path("docs/generation.md"), Path("docs/generation")
 

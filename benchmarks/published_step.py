@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastcm.benchmarks.plain import PlainDenoiser, plain_network
 from fastcm.benchmarks.step_split import NO_CLOCK
 from fastcm.consistency.noise_schedule import uniform_pair
+from fastcm.data.dataset import Dataset
 from fastcm.training.config import TrainConfig
-from fastcm.training.data import Dataset
 from fastcm.training.schedule import step_values
 
 

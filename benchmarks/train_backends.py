@@ -14,9 +14,9 @@ from fastcm import presets
 from fastcm.benchmarks.models import Model
 from fastcm.benchmarks.published_step import PublishedStep
 from fastcm.benchmarks.step_split import Clock, marked, split_step
+from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.training.captured_step import WARM_UP
 from fastcm.training.config import OptimizerConfig, TrainConfig
-from fastcm.training.data import Dataset, open_dataset
 from fastcm.training.parallel import Processes
 from fastcm.training.run import resolve_compile, resolve_precision
 from fastcm.training.trainer import Trainer

@@ -126,14 +126,14 @@ def _onnx_provider(provider: str, device: str) -> str:
 def picture(source, *, resolution: int, channels: int = 3, name: str = "source") -> np.ndarray:
     """A picture of any size as uint8 [resolution, resolution, channels], by the rule for training pictures.
 
-    That is (training/image_decoding.py): halved with a box filter while its short side is at least twice the resolution, then its short
+    That is (data/decoding.py): halved with a box filter while its short side is at least twice the resolution, then its short
     side resized to the resolution (bicubic), and the centre square cut out; transparency is laid over white; channels is 1 (grey) or 3.
 
     source: a file, a PIL image or an array uint8 [H, W] or [H, W, C]. name: what an error calls it. Raises InputError.
     """
     from PIL import Image, ImageOps
 
-    from fastcm.training.image_decoding import BadImageError, decode, eight_bits, to_pixels
+    from fastcm.data.decoding import BadImageError, decode, eight_bits, to_pixels
 
     grey = channels == 1
     try:

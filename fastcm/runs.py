@@ -11,11 +11,11 @@ from torch import nn
 from fastcm import networks, presets
 from fastcm.api import load, load_denoiser
 from fastcm.consistency.denoiser import Denoiser
+from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.errors import InputError, nearest
 from fastcm.generation.generator import Generator
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
 from fastcm.training.config_file import read_config_file
-from fastcm.training.data import Dataset, open_dataset
 from fastcm.training.parallel import Processes, joined
 from fastcm.training.run import RunResult, check_network, run
 from fastcm.training.trainer import Callbacks

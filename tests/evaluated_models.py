@@ -4,9 +4,9 @@ import torch
 
 from fastcm import cli
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.data.dataset import open_dataset
 from fastcm.evaluation import features, train_judge
 from fastcm.networks.unet import UNet, UNetConfig
-from fastcm.training.data import open_dataset
 from fastcm.weights.model_folder import save_model
 
 

@@ -63,14 +63,14 @@ def read_model(path: Path) -> None:
 
 
 def read_data(path: Path) -> None:
-    from fastcm.training.data import open_dataset
+    from fastcm.data.dataset import open_dataset
 
     data = open_dataset(path, resolution=8, cache_dir=path.parent / "cache", progress=False)
     data.batch(0, 4, seed=0)
 
 
 def read_picture(path: Path) -> None:
-    from fastcm.training.image_decoding import BadImageError, decode
+    from fastcm.data.decoding import BadImageError, decode
 
     try:
         decode(path, resolution=8, grey=False)

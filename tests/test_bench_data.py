@@ -6,7 +6,7 @@ import pytest
 
 from fastcm.benchmarks import bench_data
 from fastcm.benchmarks.bench_data import Kind
-from fastcm.training import image_cache
+from fastcm.data import image_cache
 
 
 @pytest.mark.slow

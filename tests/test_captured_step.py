@@ -8,9 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 from training_runs import run_out_of_memory
 
 from fastcm import networks, presets
+from fastcm.data.dataset import open_dataset
 from fastcm.kernels import philox
 from fastcm.training.captured_step import WARM_UP, CapturedStep, CudaGraphs, graphs_for
-from fastcm.training.data import open_dataset
 from fastcm.training.run import build_network, target_of
 from fastcm.training.trainer import Trainer
 

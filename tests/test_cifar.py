@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from random_pictures import CIFAR_CLASSES, cifar_batch, cifar_files, oversized_header, random_pixels, write_cifar, write_tar
 
+from fastcm.data import cifar
+from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError
-from fastcm.training import cifar
-from fastcm.training.data import open_dataset
 
 
 @pytest.fixture

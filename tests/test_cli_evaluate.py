@@ -11,10 +11,10 @@ from evaluated_models import model_folder, quick_judge, run
 from fastcm import cli, evaluation
 from fastcm.cli.evaluate_sets import CALLS
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.data.dataset import open_dataset
 from fastcm.evaluation import halves
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
-from fastcm.training.data import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def quick(monkeypatch, judge):
 
 @pytest.fixture(scope="module")
 def digits():
-    with resources.as_file(resources.files("fastcm") / "data" / "digits.npz") as path, np.load(path) as file:
+    with resources.as_file(resources.files("fastcm.data") / "builtin" / "digits.npz") as path, np.load(path) as file:
         return file["arr_0"].reshape(-1, 8, 8, 1), file["arr_1"]
 
 

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from random_pictures import random_pixels, write_folder
 
+from fastcm.data.dataset import open_dataset
+from fastcm.data.decoding import to_pixels
 from fastcm.errors import InputError, RunError
-from fastcm.training import data
-from fastcm.training.data import open_dataset
-from fastcm.training.image_decoding import to_pixels
 
 
 def test_digits():
@@ -70,8 +69,8 @@ def test_linked_class_folders_are_followed_once(tmp_path):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_npz(tmp_path, monkeypatch, in_memory):
     if not in_memory:
-        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
-        monkeypatch.setattr(data, "BLOCK", 4)
+        monkeypatch.setattr("fastcm.data.dataset.IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("fastcm.data.dataset.BLOCK", 4)
     pixels, labels = random_pixels(10, 8, 8, 3), np.arange(10) % 3
     np.savez_compressed(tmp_path / "set.npz", pixels, labels)
     dataset = open_dataset(tmp_path / "set.npz", cache_dir=tmp_path / "cache", progress=False)

@@ -34,7 +34,7 @@ def patterns_judge():
 
 
 def digits():
-    with resources.as_file(resources.files("fastcm") / "data" / "digits.npz") as path, np.load(path) as file:
+    with resources.as_file(resources.files("fastcm.data") / "builtin" / "digits.npz") as path, np.load(path) as file:
         return file["arr_0"].reshape(-1, 1, 8, 8), file["arr_1"]
 
 

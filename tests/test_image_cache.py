@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from random_pictures import random_pixels, write_folder
 
+from fastcm.data import cache_building, decode_pool, image_cache, sources
+from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError, RunError
-from fastcm.training import cache_building, data, decode_pool, image_cache, sources
-from fastcm.training.data import open_dataset
 
 
 def entries(cache):
@@ -29,7 +29,7 @@ def no_decoding(monkeypatch):
 
     def forbid():
         monkeypatch.setattr(cache_building, "build", lambda *args, **options: pytest.fail("decoded again"))
-        monkeypatch.setattr(data.Source, "listing", lambda self: pytest.fail("listed again"))
+        monkeypatch.setattr("fastcm.data.sources.Source.listing", lambda self: pytest.fail("listed again"))
 
     return forbid
 
@@ -139,7 +139,7 @@ def test_processes_that_want_one_entry_decode_it_once(tmp_path, monkeypatch, cap
 
 def test_no_room_for_the_cache(tmp_path, monkeypatch):
     np.savez(tmp_path / "set.npz", random_pixels(4, 8, 8))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("fastcm.data.dataset.IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 10))
     with pytest.raises(RunError, match="no room for the image cache: .* Set FASTCM_CACHE"):
         open_dataset(tmp_path / "set.npz", cache_dir=tmp_path / "cache")
@@ -191,7 +191,7 @@ def test_dead_worker_is_named(tmp_path, monkeypatch):
 
 KILLED_WHILE_DECODING = """
 import os, signal, sys
-from fastcm.training import cache_building, data
+from fastcm.data import cache_building, dataset
 cache_building.BLOCK, cache_building.SYNC_EVERY_S = 16, 0.0
 real, count = cache_building.Journal.add, 0
 def add(*args):
@@ -201,7 +201,7 @@ def add(*args):
     if count == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 cache_building.Journal.add = add
-data.open_dataset(sys.argv[1], cache_dir=sys.argv[2], progress=False)
+dataset.open_dataset(sys.argv[1], cache_dir=sys.argv[2], progress=False)
 """
 
 
@@ -244,14 +244,14 @@ def test_failed_build_goes_on_with_what_it_had(tmp_path, monkeypatch):
 
 def test_picture_that_changes_while_it_is_decoded(tmp_path, monkeypatch):
     write_folder(tmp_path / "set", [(8, 8)] * 3)
-    real = data.Source.listing
+    real = sources.Source.listing
 
     def listing(self):
         found = real(self)
         os.utime(tmp_path / "set" / "2.png", ns=(5, 5))
         return found
 
-    monkeypatch.setattr(data.Source, "listing", listing)
+    monkeypatch.setattr("fastcm.data.sources.Source.listing", listing)
     with pytest.raises(InputError, match=r"changed while it was read, in --data: .*2\.png"):
         open_dataset(tmp_path / "set", cache_dir=tmp_path / "cache", progress=False)
 
@@ -293,8 +293,8 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from fastcm.training import image_cache
-from fastcm.training.data import Dataset
+from fastcm.data import image_cache
+from fastcm.data.dataset import Dataset
 entry, count = Path(sys.argv[1]), int(sys.argv[2])
 entry.mkdir()
 with open(entry / "images.bin", "wb") as file:

@@ -9,9 +9,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from random_pictures import random_pixels, write_folder
 
+from fastcm.data.dataset import open_dataset
+from fastcm.data.decoding import BadImageError, decode, read_header, to_pixels
 from fastcm.errors import InputError
-from fastcm.training.data import open_dataset
-from fastcm.training.image_decoding import BadImageError, decode, read_header, to_pixels
 
 
 def golden(tmp_path, image, name="x.png", *, grey=False, resolution=2, **options):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from random_pictures import write_folder
 
+from fastcm.data.dataset import open_dataset
+from fastcm.data.labels import from_file
 from fastcm.errors import InputError
-from fastcm.training.data import open_dataset
-from fastcm.training.labels import from_file
 
 NAMES = ["a/1.png", "a/2.png", "b ü.png"]
 

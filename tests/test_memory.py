@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastcm import cli, presets
-from fastcm.training.data import open_dataset
+from fastcm.data.dataset import open_dataset
 from fastcm.training.memory import StorageWatch, estimate
 from fastcm.training.run import build_network, target_of
 from fastcm.training.trainer import Trainer

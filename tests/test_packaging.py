@@ -17,10 +17,10 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
 REPORT = """
 import importlib, json
 from importlib import resources
-names = ("fastcm", "fastcm.kernels", "fastcm.export", "fastcm.benchmarks", "fastcm.training.data")
+names = ("fastcm", "fastcm.kernels", "fastcm.export", "fastcm.benchmarks", "fastcm.data.dataset")
 files = {name: importlib.import_module(name).__file__ for name in names}
-dataset = importlib.import_module("fastcm.training.data").open_dataset("digits")
-licence = (resources.files("fastcm") / "data" / "DIGITS-LICENSE.txt").read_text()
+dataset = importlib.import_module("fastcm.data.dataset").open_dataset("digits")
+licence = (resources.files("fastcm.data") / "builtin" / "DIGITS-LICENSE.txt").read_text()
 print(json.dumps({"files": files, "pictures": len(dataset), "licence": licence[:40]}))
 """
 
@@ -76,9 +76,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert expected <= set(names)
     others = {name for name in names if not name.endswith(".py")}
-    assert {f"fastcm/data/{name}" for name in ("digits.npz", "DIGITS-LICENSE.txt", "emoji32.npz", "EMOJI32-LICENSE.txt")} <= others
+    assert {f"fastcm/data/builtin/{name}" for name in ("digits.npz", "DIGITS-LICENSE.txt", "emoji32.npz", "EMOJI32-LICENSE.txt")} <= others
     assert {"fastcm/export/web/index.html", "fastcm/export/web/philox.js", "fastcm/export/cpp/fastcm.hpp"} <= others
-    assert not [name for name in others if not name.startswith(("fastcm/data/", "fastcm/export/"))]
+    assert not [name for name in others if not name.startswith(("fastcm/data/builtin/", "fastcm/export/"))]
     assert sorted(licences) == ["DIGITS-LICENSE.txt", "EMOJI32-LICENSE.txt", "LICENSE"]
     assert wheel.stat().st_size < 4e6
     for extra in ("export", "gpu", "metrics", "lpips", "data", "serve", "test"):
@@ -107,7 +107,7 @@ def test_editable_install_takes_the_checkout(tmp_path):
         "fastcm.kernels": "kernels",
         "fastcm.export": "export",
         "fastcm.benchmarks": "benchmarks",
-        "fastcm.training.data": "fastcm",
+        "fastcm.data.dataset": "fastcm",
     }
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from random_pictures import random_pixels
 
+from fastcm.data import prefetch
+from fastcm.data.dataset import open_dataset
+from fastcm.data.prefetch import Prefetcher, ResidentBatches, batches
 from fastcm.errors import InputError
-from fastcm.training import prefetch
-from fastcm.training.data import open_dataset
-from fastcm.training.prefetch import Prefetcher, ResidentBatches, batches
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from random_pictures import png, random_pixels, write_folder, write_shards, write_zip
 
+from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError
-from fastcm.training.data import open_dataset
 
 PIXELS = random_pixels(6, 8, 8, 3)
 
@@ -94,7 +94,7 @@ def bmp(pixels):
 
 def test_zip_bomb_is_not_inflated(tmp_path, opened, monkeypatch):
     path = write_zip(tmp_path / "x.zip", {"a.png": bytes(10_000_000), "b.png": png(PIXELS[0])})
-    monkeypatch.setattr("fastcm.training.picture_files.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("fastcm.data.spans.MAX_BYTES", 1_000_000)
     with pytest.raises(InputError, match=r"x\.zip:a\.png \(a file of 10,000,000 bytes \(1,000,000 at most\)\)"):
         opened(path)
 

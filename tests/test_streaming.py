@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from random_pictures import random_pixels, write_folder, write_shards, write_zip
 
+from fastcm.data import streaming
+from fastcm.data.dataset import open_dataset
+from fastcm.data.prefetch import Prefetcher
 from fastcm.errors import InputError
-from fastcm.training import streaming
-from fastcm.training.data import open_dataset
-from fastcm.training.prefetch import Prefetcher
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from random_pictures import oversized_header, png, random_pixels, write_shards, write_tar
 
+from fastcm.data import tar_shards
+from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError
-from fastcm.training import tar_shards
-from fastcm.training.data import open_dataset
 
 PIXELS = random_pixels(6, 8, 8, 3)
 

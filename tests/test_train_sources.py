@@ -9,7 +9,7 @@ from random_pictures import cifar_files, random_pixels, write_cifar, write_folde
 
 import fastcm
 from fastcm.cli import main
-from fastcm.training import streaming
+from fastcm.data import streaming
 
 TINY = "--batch 4 --duration 16img --device cpu --precision fp32 --compile off --checkpoint-every 1h".split()
 TINY += [
@@ -95,7 +95,7 @@ def test_a_streamed_set_trains_as_a_cached_one(tmp_path, monkeypatch):
     source, weights = pictures_folder(tmp_path), []
     for streamed in (True, False):
         monkeypatch.setenv("FASTCM_CACHE", str(tmp_path / f"cache-{streamed}"))
-        monkeypatch.setattr("fastcm.training.image_cache.has_room", lambda folder, size, room=not streamed: room)
+        monkeypatch.setattr("fastcm.data.image_cache.has_room", lambda folder, size, room=not streamed: room)
         out = tmp_path / f"run-{streamed}"
         assert main(["train", "--data", str(source), "--resolution", "8", "--out", str(out), *TINY]) == 0
         assert bool(list((tmp_path / f"cache-{streamed}").glob("*/fields.npy"))) == streamed

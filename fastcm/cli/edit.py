@@ -196,13 +196,13 @@ def load_mask(args: argparse.Namespace, generator):
 
 def read_header(path: Path, option: str):
     """Width, height and greyness of a picture file."""
-    from fastcm.training import image_decoding
+    from fastcm.data import decoding
 
     if not path.is_file():
         raise InputError(f"no such file in {option}: {path}. Give a picture.")
     try:
-        return image_decoding.read_header(path)
-    except image_decoding.BadImageError as error:
+        return decoding.read_header(path)
+    except decoding.BadImageError as error:
         raise InputError(f"unreadable picture in {option}: {path}: {error}. Save it again.") from None
 
 

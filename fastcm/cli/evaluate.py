@@ -120,9 +120,9 @@ def chosen_metrics(args: argparse.Namespace, opened: Measured) -> list[str]:
 def prepare(args: argparse.Namespace, opened: Measured, metrics: list[str]):
     """The world that samples are measured in: judge, feature network, reference. Nothing is drawn."""
     from fastcm import evaluation
+    from fastcm.data.image_cache import cache_folder
     from fastcm.evaluation import extractors, protocol
     from fastcm.evaluation.reference import read_reference
-    from fastcm.training.image_cache import cache_folder
 
     cache = cache_folder(None) / "evaluation"
     kind = args.features or default_features(opened.dataset)

@@ -16,10 +16,10 @@ def search(args: argparse.Namespace, opened: Measured, world) -> None:
     """Searches, prints the levels, hands them to the generator, and saves them where asked. The world is that of the evaluation."""
     import numpy as np
 
+    from fastcm.data.image_cache import cache_folder
     from fastcm.evaluation import Samples, timestep_search
     from fastcm.evaluation.protocol import measure
     from fastcm.generation.request import label_array
-    from fastcm.training.image_cache import cache_folder
 
     generator, name = opened.generator, args.search_metric
     config = config_path(args) if args.save else None

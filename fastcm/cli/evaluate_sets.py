@@ -43,9 +43,9 @@ MODEL_OPTIONS = ("seeds", "steps", "sigmas", "sampler", "search_steps", "save", 
 
 def read_samples(args: argparse.Namespace) -> Measured:
     """An .npz or a folder of pictures."""
+    from fastcm.data.dataset import open_dataset
     from fastcm.evaluation import Samples
     from fastcm.evaluation.samples import check_shape
-    from fastcm.training.data import open_dataset
 
     for option in MODEL_OPTIONS:
         if getattr(args, option):
@@ -69,9 +69,9 @@ def open_model(args: argparse.Namespace) -> Measured:
     import numpy as np
 
     from fastcm import api
+    from fastcm.data.dataset import open_dataset
     from fastcm.evaluation.samples import check_shape
     from fastcm.generation.request import label_array
-    from fastcm.training.data import open_dataset
 
     generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider)
     dataset = None

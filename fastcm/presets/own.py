@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from fastcm.consistency.denoiser import Preconditioning
+from fastcm.data.dataset import Dataset
 from fastcm.presets.settings import check_method, noise, objective
 from fastcm.training.config import METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
-from fastcm.training.data import Dataset
 
 
 def digits(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcm.consistency.lpips import unit_length
+from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.evaluation.features import LARGEST_SIDE, JudgeNetwork, train_judge
 from fastcm.training.config import TrainConfig
-from fastcm.training.data import Dataset
 
 # Not the seed of the judge that `fastcm evaluate` trains: a model must not be marked by the network that taught it.
 CLASSIFIER_SEED = 1

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_iter
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.lpips import LPIPS, STAGES
 from fastcm.consistency.objective import Batch
+from fastcm.data.dataset import Dataset
 from fastcm.evaluation.features import LARGEST_SIDE, JudgeNetwork
 from fastcm.generation.generator import choose_device
 from fastcm.kernels import philox
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig
-from fastcm.training.data import Dataset
 from fastcm.training.feature_distance import ClassifierDistance
 from fastcm.training.method_loss import Guides
 from fastcm.training.run import build_network, resolve_precision, target_of

@@ -9,10 +9,10 @@ from torch import nn
 
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser
+from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.generator import choose_device
 from fastcm.training.config import FIELDS_OF, TrainConfig
-from fastcm.training.data import Dataset
 from fastcm.training.feature_distance import feature_distance
 from fastcm.training.method_loss import Guides
 from fastcm.training.parallel import Processes

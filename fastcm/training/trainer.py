@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.objective import Batch
+from fastcm.data.dataset import Dataset
+from fastcm.data.prefetch import batches
 from fastcm.errors import RunError
 from fastcm.training.captured_step import CapturedStep, graphs_for
 from fastcm.training.config import TrainConfig
-from fastcm.training.data import Dataset
 from fastcm.training.gradient_reduction import GradientReduction
 from fastcm.training.loss_scale import LossScale
 from fastcm.training.method_loss import Guides, MethodLoss
 from fastcm.training.optimizer import FlatOptimizer
 from fastcm.training.parallel import Processes
-from fastcm.training.prefetch import batches
 from fastcm.training.schedule import StepValues, step_values
 from fastcm.training.step_scalars import StepScalars
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastcm.data.labels import check_labels
 from fastcm.errors import ARRAY_FILE_ERRORS, InputError
-from fastcm.training.labels import check_labels
 
 IMAGE_LAYOUT = "uint8 [N, H, W, C] with C = 1 or 3, or [N, H, W]"
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastcm.training.image_decoding import BadImageError, OtherSizeError, bombs_raise, decode, read_header
-from fastcm.training.picture_files import ChangedError, Span, read_span
+from fastcm.data.decoding import BadImageError, OtherSizeError, bombs_raise, decode, read_header
+from fastcm.data.spans import ChangedError, Span, read_span
 
 
 class Task(NamedTuple):

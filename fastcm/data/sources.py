@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from fastcm.data import cifar, labels, tar_shards
+from fastcm.data.decoding import EXTENSIONS, BadImageError
+from fastcm.data.image_cache import entry_key
+from fastcm.data.labels import LABEL_FILES, MAX_CLASSES, Classes
+from fastcm.data.spans import ChangedError, Span, read_span
 from fastcm.errors import InputError, nearest
-from fastcm.training import cifar, labels, tar_shards
-from fastcm.training.image_cache import entry_key
-from fastcm.training.image_decoding import EXTENSIONS, BadImageError
-from fastcm.training.labels import LABEL_FILES, MAX_CLASSES, Classes
-from fastcm.training.picture_files import ChangedError, Span, read_span
 
 BUILT_IN = ("digits", "emoji32")
 HASHED_PICTURES = 64

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastcm.data.labels import MAX_CLASSES, check_labels, numbered
 from fastcm.errors import InputError
-from fastcm.training.labels import MAX_CLASSES, check_labels, numbered
 from fastcm.weights.safe_unpickle import load_arrays
 
 FOLDER = "cifar-10-batches-py"

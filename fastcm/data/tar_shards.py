@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastcm.data.decoding import EXTENSIONS
+from fastcm.data.labels import MAX_CLASSES, Classes, numbered
+from fastcm.data.spans import Span
 from fastcm.errors import InputError
-from fastcm.training.image_decoding import EXTENSIONS
-from fastcm.training.labels import MAX_CLASSES, Classes, numbered
-from fastcm.training.picture_files import Span
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # of a pax header or a long name

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm.training.data import Dataset
-from fastcm.training.streaming import StreamedImages
+from fastcm.data.dataset import Dataset
+from fastcm.data.streaming import StreamedImages
 
 Parts = tuple[Tensor, Tensor | None, Tensor]  # images uint8 [B, C, H, W], labels int64 [B] or None, positions int64 [B]
 RESIDENT_SHARE = 0.1  # of a GPU's memory: a data set up to this size is kept there

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fastcm.data import image_cache
+from fastcm.data.cache_building import BAD_LIMIT, BLOCK, Form, changed, other_sizes, unreadable
+from fastcm.data.decode_pool import DecodePool, cores
+from fastcm.data.decode_worker import Task
+from fastcm.data.sources import Listing
+from fastcm.data.spans import Span
 from fastcm.errors import InputError
-from fastcm.training import image_cache
-from fastcm.training.cache_building import BAD_LIMIT, BLOCK, Form, changed, other_sizes, unreadable
-from fastcm.training.decode_pool import DecodePool, cores
-from fastcm.training.decode_worker import Task
-from fastcm.training.picture_files import Span
-from fastcm.training.sources import Listing
 
 
 class StreamIndex:

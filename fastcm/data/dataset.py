@@ -14,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastcm import kernels
+from fastcm.data import cache_building, cifar, image_cache, npz, streaming
+from fastcm.data.cache_building import other_sizes
+from fastcm.data.decoding import to_pixels
+from fastcm.data.labels import MAX_CLASSES, check_labels, numbered
+from fastcm.data.sources import BUILT_IN, Listing, Source, find
 from fastcm.errors import InputError, nearest
-from fastcm.training import cache_building, cifar, image_cache, npz_file, streaming
-from fastcm.training.cache_building import other_sizes
-from fastcm.training.image_decoding import to_pixels
-from fastcm.training.labels import MAX_CLASSES, check_labels, numbered
-from fastcm.training.sources import BUILT_IN, Listing, Source, find
 
 BLOCK = 256  # pictures of an array file read between two writes
 IN_MEMORY_BYTES = 64 << 20  # arrays below this are read at once; above, they go through the memory-mapped cache
@@ -124,7 +124,7 @@ def open_dataset(
         return _with_classes(_from_arrays(np.asarray(images), labels, resolution, "array"), classes)
     cache = image_cache.cache_folder(cache_dir)
     if str(source) in BUILT_IN:
-        with resources.as_file(resources.files("fastcm") / "data" / f"{source}.npz") as file:
+        with resources.as_file(resources.files("fastcm.data") / "builtin" / f"{source}.npz") as file:
             return _with_classes(_from_file(file, "npz", [file], resolution, cache, progress), classes)
     limit = classes if isinstance(classes, int) and classes else MAX_CLASSES
     found = find(str(source), labels_file=None if labels_file is None else Path(labels_file), limit=limit)
@@ -178,7 +178,7 @@ def _decode(entry: Path, listing: Listing, resolution: int | None, bad_images: s
 def _from_file(path: Path, kind: str, files: Sequence[Path], resolution: int | None, cache: Path, progress: bool) -> Dataset:
     """An `.npz` or CIFAR-10: in memory if it is small, else through the cache."""
     if kind == "npz":
-        arrays = npz_file.open_npz(path)
+        arrays = npz.open_npz(path)
         count, height, width, channels = arrays.images_shape
         if count * height * width * channels <= IN_MEMORY_BYTES:
             images = np.concatenate(list(arrays.blocks(count)))
@@ -205,7 +205,7 @@ def _blocks(read: Callable[[int], Iterator[np.ndarray]], count: int, side: int, 
 
 
 def _from_arrays(images: np.ndarray, labels: np.ndarray | None, resolution: int | None, name: str) -> Dataset:
-    count, height, width, channels = npz_file.check_images(images.shape, images.dtype, f"--data: {name}")
+    count, height, width, channels = npz.check_images(images.shape, images.dtype, f"--data: {name}")
     side = resolution or _own_side(height, width, Path(name))
     labels = None if labels is None else check_labels(labels, count, f"the labels of --data: {name}")
     pixels = _resized(images.reshape(count, height, width, channels), side)
@@ -222,7 +222,7 @@ def _own_side(height: int, width: int, root: Path) -> int:
 
 
 def _resized(images: np.ndarray, resolution: int) -> np.ndarray:
-    """uint8 [N, H, W, C] -> a new uint8 [N, C, resolution, resolution], cropped and resized by the rule of image_decoding.py."""
+    """uint8 [N, H, W, C] -> a new uint8 [N, C, resolution, resolution], cropped and resized by the rule of decoding.py."""
     if images.shape[1:3] == (resolution, resolution):
         return np.array(images.transpose(0, 3, 1, 2), order="C")
     images = np.ascontiguousarray(images)

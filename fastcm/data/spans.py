@@ -6,7 +6,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from fastcm.training.image_decoding import BadImageError
+from fastcm.data.decoding import BadImageError
 
 MAX_BYTES = 1 << 30  # of one picture's file; a member that inflates beyond it is refused
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of name and extra field

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from fastcm.data import image_cache
+from fastcm.data.decode_pool import IN_PROCESS_BYTES, DecodePool, cores
+from fastcm.data.decode_worker import Result, Task
+from fastcm.data.decoding import BadImageError, Header, read_header
+from fastcm.data.sources import Listing
+from fastcm.data.spans import ChangedError, read_span
 from fastcm.errors import InputError, RunError
-from fastcm.training import image_cache
-from fastcm.training.decode_pool import IN_PROCESS_BYTES, DecodePool, cores
-from fastcm.training.decode_worker import Result, Task
-from fastcm.training.image_decoding import BadImageError, Header, read_header
-from fastcm.training.picture_files import ChangedError, read_span
-from fastcm.training.sources import Listing
 
 BAD_LIMIT = 0.01  # the share of unreadable files above which `bad_images="skip"` stops as well
 BLOCK, BLOCK_BYTES = 128, 64 << 20  # pictures decoded between two journal entries, and the most that their pixels may take

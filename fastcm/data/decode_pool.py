@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from fastcm.data import decode_worker
+from fastcm.data.decode_worker import Result, Task
+from fastcm.data.spans import Span
 from fastcm.errors import RunError
-from fastcm.training import decode_worker
-from fastcm.training.decode_worker import Result, Task
-from fastcm.training.picture_files import Span
 
 IN_PROCESS_BYTES = 4 << 20  # sets below this are decoded here: starting processes would take longer
 
@@ -98,7 +98,7 @@ class DecodePool:
         return json.loads(line)
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-P", "-m", "fastcm.training.decode_worker"]
+        command = [sys.executable, "-P", "-m", "fastcm.data.decode_worker"]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii", env={**os.environ, "PYTHONPATH": path}
