@@ -47,24 +47,24 @@ bench: $(VENV)/installed
 	$(BIN)/fastcm bench kernels --quick --json "$(RESULTS)/kernels.json"
 	$(BIN)/fastcm bench latency --quick --json "$(RESULTS)/latency.json"
 	$(BIN)/fastcm bench train --quick --json "$(RESULTS)/train.json"
-	$(BIN)/python -m fastcm.benchmarks.bench_networks --quick --json "$(RESULTS)/networks.json"
+	$(BIN)/python -m fastcm.benchmarks.latency.networks --quick --json "$(RESULTS)/networks.json"
 
 # Every training method on the digits, three seeds each; goes on where it stopped.
 methods: $(VENV)/installed
 	mkdir -p "$(RESULTS)"
-	$(BIN)/python -m fastcm.benchmarks.bench_methods --json "$(RESULTS)/methods.json"
+	$(BIN)/python -m fastcm.benchmarks.quality.methods --json "$(RESULTS)/methods.json"
 
 # The two small models and the pictures of docs/generation.md.
 gallery: $(VENV)/installed
-	$(BIN)/python -m fastcm.benchmarks.gallery
+	$(BIN)/python -m fastcm.benchmarks.quality.gallery
 
 # Injects the 25 faults with full counts and writes docs/reliability.md; goes on where it stopped (at one commit).
 faults: $(VENV)/installed
-	$(BIN)/python -m fastcm.benchmarks.faults --out docs/reliability.md
+	$(BIN)/python -m fastcm.benchmarks.reliability.faults --out docs/reliability.md
 
 # Half an hour of training, sampling, exporting and serving from many threads, with flat memory.
 soak: $(VENV)/installed
-	$(BIN)/python -m fastcm.benchmarks.soak --minutes 30
+	$(BIN)/python -m fastcm.benchmarks.reliability.soak --minutes 30
 
 # The installed layout as links, so that a Python in which nothing may be installed still finds fastcm.kernels.
 # PYTHONSAFEPATH keeps the checkout's own fastcm/, which lacks it, off the path; child processes inherit both.

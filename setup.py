@@ -2,9 +2,10 @@
 
 from setuptools import find_packages, setup
 
-MAPPED = {"kernels": "fastcm.kernels", "export": "fastcm.export", "benchmarks": "fastcm.benchmarks"}
+MAPPED = ("kernels", "export", "benchmarks")
 
 setup(
-    packages=find_packages(include=["fastcm", "fastcm.*"]) + list(MAPPED.values()),
-    package_dir={"fastcm": "fastcm", **{name: folder for folder, name in MAPPED.items()}},
+    packages=find_packages(include=["fastcm", "fastcm.*"])
+    + [f"fastcm.{name}" for name in find_packages(include=[f"{room}{rest}" for room in MAPPED for rest in ("", ".*")])],
+    package_dir={"fastcm": "fastcm", **{f"fastcm.{name}": name for name in MAPPED}},
 )

@@ -38,7 +38,7 @@ OPS = ("philox", "perturb", "precondition", "distance", "group_norm", "optimizer
 # These beat Inductor by construction (random bits: 4 words per counter; optimizer: one pass), so they do not wait for a measurement.
 UNMEASURED_TRITON = frozenset(("philox", "perturb", "optimizer_step"))
 
-# op -> ((elements, kernel is not slower than the compiled reference), ...), written by `python -m fastcm.benchmarks.tables --auto`.
+# op -> ((elements, kernel is not slower than the compiled reference), ...), written by `python -m fastcm.benchmarks.pages.tables --auto`.
 # auto table: begin
 MEASURED: dict[str, tuple[tuple[int, bool], ...]] = {}
 # auto table: end

@@ -272,7 +272,7 @@ def test_kernel_file_anatomy(path):
     first_lines = [min(lines) for lines in parts.values()]
     assert first_lines == sorted(first_lines), f"{relative(path)}: {dict(zip(parts, first_lines, strict=True))} are not in this order"
     assert PUBLIC_NAMES.get(path.stem, path.stem) in {node.name for node in functions}
-    assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), f"tests/test_{path.stem}.py is missing"
+    assert (ROOT / "tests" / "kernels" / f"test_{path.stem}.py").exists(), f"tests/kernels/test_{path.stem}.py is missing"
 
 
 def test_no_test_reaches_the_network():

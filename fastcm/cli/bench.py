@@ -10,6 +10,8 @@ BENCHMARKS = {
     "latency": "milliseconds of a one-step image, by batch and backend; latency FILE|URL: of a file or a server",
 }
 
+MODULES = {"kernels": "kernels.bench", "data": "training.data", "train": "training.bench", "latency": "latency.bench"}
+
 
 def add(subparsers) -> None:
     lines = "\n".join(f"  {name:10}{text}" for name, text in BENCHMARKS.items())
@@ -23,5 +25,5 @@ def run(args: argparse.Namespace) -> int | None:
     words = [word for word in args.arguments if word != "--debug"]
     # `bench latency FILE|URL` measures what is named, `bench latency` the networks of benchmarks/models.py.
     named = args.benchmark == "latency" and words and not words[0].startswith("-")
-    benchmark = importlib.import_module(f"fastcm.benchmarks.bench_{'target' if named else args.benchmark}")
+    benchmark = importlib.import_module(f"fastcm.benchmarks.{'latency.target' if named else MODULES[args.benchmark]}")
     return benchmark.main(words)

@@ -1,0 +1,18 @@
+"""Every kernel under Triton's interpreter: the kernels' own tests again, in a process that runs kernels on CPU tensors."""
+
+import re
+
+import pytest
+from kernel_checks import ROOT, run_interpreted
+
+KERNEL_TESTS = sorted(
+    f"tests/kernels/test_{path.stem}.py" for path in (ROOT / "kernels").glob("*.py") if "_kernel[" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test_file", KERNEL_TESTS)
+def test_kernels_pass_their_tests_interpreted(test_file):
+    closing = run_interpreted([test_file])
+    assert int(re.search(r"(\d+) passed", closing)[1]) > 3, closing
+    assert "skipped" not in closing, closing
