@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from fastcm.consistency.denoiser import Denoiser
+from fastcm.consistency.denoiser import Denoiser, check_channels
 from fastcm.errors import InputError, nearest
 from fastcm.generation.compiled import chosen_compile
 from fastcm.generation.generator import Generator
@@ -14,8 +14,11 @@ from fastcm.weights.model_folder import is_model_folder, load_model, read_json
 
 RUN_FORMAT = "fastcm-run"
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
-FILE_KINDS = {".onnx": "onnx", ".pt2": "aot", ".pt": "openai", ".pth": "openai", ".pkl": "edm"}
-MODEL_KINDS = "a run folder, a model folder, a diffusers folder, an OpenAI .pt, an EDM .pkl, or an exported .onnx or .pt2"
+STATE_DICTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # a trainer's file, in OpenAI's names
+FILE_KINDS = {".onnx": "onnx", ".pt2": "aot", **dict.fromkeys(STATE_DICTS, "openai"), ".pkl": "edm"}
+MODEL_KINDS = (
+    f"a run folder, a model folder, a diffusers folder, an OpenAI {', '.join(STATE_DICTS)}, an EDM .pkl, or an exported .onnx or .pt2"
+)
 
 
 def resolve_model(model: str | Path) -> tuple[str, Path]:
@@ -34,7 +37,7 @@ def resolve_model(model: str | Path) -> tuple[str, Path]:
 
 
 def _resolve_folder(path: Path) -> tuple[str, Path]:
-    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
+    if any((path / name).is_file() for name in ("model_index.json", "unet/config.json", "unet_ema/config.json")):
         return "diffusers", path
     if is_model_folder(path):
         return ("diffusers" if "_class_name" in read_json(path / "config.json") else "folder"), path
@@ -51,9 +54,15 @@ def _resolve_folder(path: Path) -> tuple[str, Path]:
     raise InputError(f"no model in MODEL: {path} (no config.json). Give {MODEL_KINDS}.")
 
 
-def load_denoiser(model: str | Path, *, network: nn.Module | None = None) -> tuple[Denoiser, dict]:
-    """Returns (denoiser with fp32 weights on the CPU, config) of any MODEL but an exported file. No code of the file is executed."""
+def load_denoiser(model: str | Path, *, network: nn.Module | None = None, **options) -> tuple[Denoiser, dict]:
+    """Returns (denoiser with fp32 weights on the CPU, config) of any MODEL but an exported file. No code of the file is executed.
+
+    options: of `weights.openai.read_openai`, for a state dict alone.
+    """
     kind, path = resolve_model(model)
+    if options and kind != "openai":
+        name = next(iter(options)).replace("_", "-")
+        raise InputError(f"an option for OpenAI's .pt files in --{name}: {model}. Leave it out: this file says so itself.")
     if kind == "folder":
         return load_model(path, network=network)
     if kind in ("onnx", "aot"):
@@ -64,8 +73,9 @@ def load_denoiser(model: str | Path, *, network: nn.Module | None = None) -> tup
         from fastcm.weights.edm import read_edm as read
     else:
         from fastcm.weights.diffusers import read_diffusers as read
-    network, preconditioning, info = read(path)
-    return Denoiser(network.eval().requires_grad_(False), preconditioning), info
+    network, preconditioning, info = read(path, **options)
+    check_channels(network, path)
+    return Denoiser(network, preconditioning), info
 
 
 def load(

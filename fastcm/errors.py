@@ -41,3 +41,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean 'x'?` for the choice closest to `word`, or the empty string where none is close."""
     matches = difflib.get_close_matches(str(word), list(choices), n=1)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def shown(value: object) -> str:
+    """A value for a message, 80 characters at most; None is null, as configuration files write it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

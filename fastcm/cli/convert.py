@@ -10,7 +10,11 @@ FORMATS = ("fastcm", "diffusers", "openai")
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("convert", help="read and write other people's model formats", description=__doc__)
-    parser.add_argument("source", metavar="SRC", help="a run or model folder, a diffusers folder, an OpenAI .pt or an EDM .pkl")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a run or model folder, a diffusers folder, an OpenAI .pt (.pth, .ckpt, .bin, .safetensors) or an EDM .pkl",
+    )
     parser.add_argument("destination", metavar="DST", type=Path, help="the folder, or .pt file, to write; it must not exist")
     parser.add_argument("--to", choices=FORMATS, help="openai where DST ends in .pt, otherwise fastcm by default")
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels of an OpenAI .pt whose channel multipliers do not tell")
@@ -21,6 +25,7 @@ def add(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastcm.api import load_denoiser
     from fastcm.weights import model_folder, openai
 
     destination: Path = args.destination
@@ -29,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{target} as the format of DST: {destination}. An OpenAI checkpoint ends in .pt, other formats are folders.")
     if destination.exists():
         raise InputError(f"DST exists already: {destination}. Name a new one, or remove it first.")
-    denoiser, info = _read(args)
+    options = {"image_size": args.image_size, "head_channels": args.head_channels, "form": args.form}
+    denoiser, info = load_denoiser(args.source, **{name: value for name, value in options.items() if value is not None})
     if target == "openai":
         openai.write_openai(destination, denoiser, info)
     elif target == "diffusers":
@@ -39,25 +45,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         model_folder.save_model(destination, denoiser, info)
     print(_summary(denoiser, info, destination, target))
-
-
-def _read(args: argparse.Namespace):
-    """The denoiser and its description; the options of OpenAI files go to those only."""
-    from fastcm.api import load_denoiser, resolve_model
-
-    kind, path = resolve_model(args.source)
-    options = {"image_size": args.image_size, "head_channels": args.head_channels, "form": args.form}
-    options = {name: value for name, value in options.items() if value is not None}
-    if kind != "openai":
-        if options:
-            name = next(iter(options)).replace("_", "-")
-            raise InputError(f"an option for OpenAI's .pt files in --{name}: {args.source}. Leave it out: this file says so itself.")
-        return load_denoiser(args.source)
-    from fastcm.consistency.denoiser import Denoiser
-    from fastcm.weights.openai import read_openai
-
-    network, preconditioning, info = read_openai(path, **options)
-    return Denoiser(network, preconditioning), info
 
 
 def _summary(denoiser, info: dict, destination: Path, target: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastcm import kernels
 from fastcm.errors import InputError, nearest
+from fastcm.networks.checks import is_number
 
 FORMS = ("boundary", "edm")
 C_NOISE = ("250 ln sigma", "ln sigma / 4", "arctan(sigma / sigma_data)")
@@ -50,7 +51,7 @@ class Preconditioning:
                 raise InputError(f"unknown value in noise.{name}: {value}. Use one of {', '.join(choices)}.{nearest(value, choices)}")
         for name in ("sigma_data", "sigma_min", "sigma_max", "rho"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            if not (is_number(value) and value > 0):
                 raise InputError(f"illegal value in noise.{name}: {value}. Give a positive finite number.")
         if self.sigma_min >= self.sigma_max:
             raise InputError(
@@ -94,6 +95,16 @@ def working_dtype(network: nn.Module) -> torch.dtype:
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
+def check_channels(network: nn.Module, where: object = "network.out_channels") -> None:
+    """Raises InputError, naming `where`, for a network whose configuration gives its output other channels than its input."""
+    config = getattr(network, "config", None)
+    taken, given = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+    if None not in (taken, given) and taken != given:
+        raise InputError(
+            f"a network whose output is not its input in {where}: {given} channels of {taken}. A denoiser needs as many out as in."
+        )
+
+
 class Denoiser(nn.Module):
     """D(x, sigma, labels) = c_skip x + c_out F(c_in x, c_noise, labels) (Karras et al. 2022, equation 7).
 
@@ -103,6 +114,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, preconditioning: Preconditioning):
         super().__init__()
+        check_channels(network)
         self.network = network
         self.preconditioning = preconditioning
 

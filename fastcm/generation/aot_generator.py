@@ -10,6 +10,7 @@ from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, RunError
 from fastcm.generation.onnx_contract import Contract
 from fastcm.generation.onnx_generator import BATCH_ELEMENTS, Feeds, OnnxGenerator
+from fastcm.weights.fields import check_model_fields
 
 
 class AotGenerator(OnnxGenerator):
@@ -30,6 +31,7 @@ class AotGenerator(OnnxGenerator):
             raise InputError(f"torch {torch.__version__} cannot load {self.path}: {reason}. Export it again with this torch.") from None
         try:
             self.info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
+            check_model_fields(self.info, self.path)
             self.contract, self.preconditioning = Contract(**form).checked(), Preconditioning(**self.info["preconditioning"])
         except (KeyError, TypeError, ValueError, InputError):
             raise InputError(f"not a generator exported by this fastcm in {self.path}. Use fastcm export MODEL --aot.") from None

@@ -17,6 +17,7 @@ from fastcm.generation.onnx_editing import OnnxEditing
 from fastcm.generation.onnx_session import PROVIDERS, open_session
 from fastcm.generation.request import check_output, finished, label_array, noise_levels, seed_array
 from fastcm.generation.sampler import SeedNoise
+from fastcm.weights.fields import check_model_fields
 
 # Elements of one batch: the CPU kernels of ONNX Runtime gain nothing beyond.
 BATCH_ELEMENTS = 1 << 16
@@ -57,6 +58,7 @@ class OnnxGenerator(OnnxEditing):
             properties = self._session.get_modelmeta().custom_metadata_map
             values = [(value.name, value.type, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
             info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
+            check_model_fields(info, self.path)
             contract, preconditioning = Contract(**form).checked(), Preconditioning(**info["preconditioning"])
             stated = {**contract.inputs, "images": contract.output}
             wanted = [(name, TENSOR_TYPES[dtype], list(shape)) for name, (shape, dtype) in stated.items()]

@@ -1,26 +1,52 @@
 """Checks that the network configurations share: each failure is one line that names the field."""
 
+import sys
+
 from fastcm.errors import InputError, nearest
 
 # No network has more; a file that asks for millions would keep its reader busy for ever.
 MOST_LEVELS, MOST_BLOCKS = 16, 256
 
 
+def is_number(value) -> bool:
+    """True for an int or float that is finite as a float; JSON and command lines bring booleans, text, NaN and integers of any length."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_count(value) -> bool:
+    """True for a positive int below 2^31."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
 def require(condition: bool, field: str, value, remedy: str) -> None:
     """Raises InputError for `network.<field>` unless `condition` holds."""
     if not condition:
-        shown = list(value) if isinstance(value, tuple) else value
-        raise InputError(f"illegal value in network.{field}: {shown}. {remedy}")
+        text = str(list(value) if isinstance(value, tuple) else value)
+        text = text if len(text) <= 80 else f"{text[:77]}..."
+        raise InputError(f"illegal value in network.{field}: {text}. {remedy}")
 
 
 def require_counts(config, names: tuple[str, ...], *, optional: bool = False) -> None:
     """Each named field is a positive integer, or None where that is allowed."""
     for name in names:
         value = getattr(config, name)
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        require(
-            is_count or (optional and value is None), name, value, "Give a positive integer" + (" or leave it out." if optional else ".")
-        )
+        good = is_count(value) or (optional and value is None)
+        require(good, name, value, "Give a positive integer" + (" or leave it out." if optional else "."))
+
+
+def require_flags(config, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(isinstance(value, bool), name, value, "Give true or false.")
+
+
+def require_tuples(config, names: tuple[str, ...]) -> None:
+    """Each named field becomes a tuple of numbers; JSON has lists."""
+    for name in names:
+        value = getattr(config, name)
+        good = isinstance(value, (list, tuple)) and all(map(is_number, value))
+        require(good, name, value, "Give a list of numbers, e.g. 1,2.")
+        object.__setattr__(config, name, tuple(value))
 
 
 def require_choice(config, name: str, choices: tuple[str, ...]) -> None:
@@ -29,8 +55,9 @@ def require_choice(config, name: str, choices: tuple[str, ...]) -> None:
 
 
 def require_dropout(config) -> None:
-    is_number = isinstance(config.dropout, (int, float)) and not isinstance(config.dropout, bool)
-    require(is_number and 0 <= config.dropout < 1, "dropout", config.dropout, "Give a number from 0 up to but not including 1.")
+    require(
+        is_number(config.dropout) and 0 <= config.dropout < 1, "dropout", config.dropout, "Give a number from 0 up to but not including 1."
+    )
 
 
 def require_levels(config) -> None:

@@ -10,7 +10,16 @@ from torch import nn
 from fastcm.errors import InputError
 from fastcm.networks import dropout
 from fastcm.networks.blocks import Addend, GroupNorm, noise_angles, one_hot, runner, self_attention
-from fastcm.networks.checks import require, require_choice, require_counts, require_dropout, require_levels
+from fastcm.networks.checks import (
+    is_number,
+    require,
+    require_choice,
+    require_counts,
+    require_dropout,
+    require_flags,
+    require_levels,
+    require_tuples,
+)
 from fastcm.networks.resample import Resample, ResampleConv
 
 NORM_EPS = 1e-6
@@ -44,18 +53,18 @@ class SongUNetConfig:
     checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
-        for name in ("channel_mult", "attention_resolutions", "resample_filter"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as JSON has them, become comparable
+        require_tuples(self, ("channel_mult", "attention_resolutions", "resample_filter"))
+        require_flags(self, ("checkpoint",))
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "channel_mult_emb", "channel_mult_noise", "blocks"))
         require_counts(self, ("num_classes", "augment_channels"), optional=True)
         require_dropout(self)
         require_choice(self, "embedding", ("positional", "fourier"))
         require_choice(self, "encoder", ("standard", "skip", "residual"))
         require_choice(self, "decoder", ("standard", "skip"))
-        require(self.fourier_scale > 0, "fourier_scale", self.fourier_scale, "Give a positive number.")
+        require(is_number(self.fourier_scale) and self.fourier_scale > 0, "fourier_scale", self.fourier_scale, "Give a positive number.")
         require(self.channels % 4 == 0, "channels", self.channels, "Give a multiple of 4.")
         taps = self.resample_filter
-        even = len(taps) >= 2 and len(taps) % 2 == 0 and all(isinstance(tap, (int, float)) for tap in taps) and sum(taps) != 0
+        even = len(taps) >= 2 and len(taps) % 2 == 0 and sum(taps) != 0
         require(even, "resample_filter", taps, "Give an even number of taps, e.g. 1,1 or 1,3,3,1.")
         require_levels(self)
 

@@ -21,7 +21,7 @@ from fastcm.networks.blocks import (
     upsample,
     zero_init,
 )
-from fastcm.networks.checks import require, require_counts, require_dropout, require_levels
+from fastcm.networks.checks import require, require_counts, require_dropout, require_flags, require_levels, require_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class UNetConfig:
     checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
-        for name in ("channel_mult", "attention_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as JSON has them, become comparable
+        require_tuples(self, ("channel_mult", "attention_resolutions"))
+        require_flags(self, ("scale_shift_norm", "resblock_updown", "conv_resample", "checkpoint"))
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"))
         require_counts(self, ("num_heads", "num_classes", "norm_groups", "dropout_resolution"), optional=True)
         require_dropout(self)

@@ -12,6 +12,7 @@ from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
 from fastcm.consistency.solver import STEPS
 from fastcm.consistency.tangent import TANGENTS
 from fastcm.errors import InputError, nearest
+from fastcm.networks.checks import is_number
 
 METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct")
 CONTINUOUS_METHODS = ("scd", "sct")
@@ -29,8 +30,7 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float = math.inf, *, whole: bool = False, open_low: bool = False) -> None:
-    kind = int if whole else (int, float)
-    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    good = is_number(value) and (isinstance(value, int) or not whole)
     if not good or value > high or (value <= low if open_low else value < low):
         what = "a whole number" if whole else "a finite number"
         bound = f"above {low:g}" if open_low else f"of at least {low:g}"

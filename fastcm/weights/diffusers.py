@@ -8,14 +8,19 @@ from torch import Tensor, nn
 
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
-from fastcm.errors import InputError
-from fastcm.weights.foreign_file import check_file, refuse, refuse_keys
-from fastcm.weights.model_folder import fill, read_json, read_safetensors, write_json, write_safetensors
+from fastcm.errors import InputError, shown
+from fastcm.weights.fields import COUNT, COUNTS, NEEDED, NUMBER, TEXT, TEXTS, field
+from fastcm.weights.foreign_file import refuse, refuse_keys
+from fastcm.weights.model_folder import fill, read_json, write_json, write_safetensors
+from fastcm.weights.state_dict_file import is_index, network_state, read_state_dict
 
 EXPECTED = "a diffusers ConsistencyModelPipeline"
+C_NOISE = "250 ln sigma"
 SCHEDULER = "CMStochasticIterativeScheduler"
 INDEX_NAME, CONFIG_NAME, SCHEDULER_NAME = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS_NAME = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+MARKER = "conv_in.weight"  # the key that every UNet2DModel has
 WRITTEN_FOR = "0.18.0"  # the first diffusers with this pipeline and every option that is written
 DOWN_TYPES = {True: "ResnetDownsampleBlock2D", False: "DownBlock2D"}  # levels without attention, by resblock_updown
 UP_TYPES = {True: "ResnetUpsampleBlock2D", False: "UpBlock2D"}
@@ -41,16 +46,17 @@ def read_diffusers(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
     Raises InputError naming file and reason.
     """
     path = Path(path)
-    if (path / INDEX_NAME).is_file():
+    is_pipeline = (path / INDEX_NAME).is_file()
+    if is_pipeline:
         _check_class(path / INDEX_NAME, "ConsistencyModelPipeline", expected=EXPECTED)
-    unet = path / "unet" if (path / "unet").is_dir() else path
+    # Training scripts keep the averaged weights beside the last ones; what a pipeline holds is its unet.
+    names = ("unet", "unet_ema") if is_pipeline else ("unet_ema", "unet")
+    unet = next((path / name for name in names if (path / name).is_dir()), path)
     scheduler = path / SCHEDULER_NAME if unet != path else path.parent / SCHEDULER_NAME
-    settings = _check_class(scheduler, SCHEDULER, expected=f"a {SCHEDULER}") if scheduler.is_file() or unet != path else {}
-    sigmas = {name: float(settings[name]) for name in ("sigma_min", "sigma_max", "sigma_data", "rho") if name in settings}
+    preconditioning, steps = _read_scheduler(scheduler) if scheduler.is_file() or is_pipeline else (Preconditioning(c_noise=C_NOISE), 40)
     config = read_config(unet / "config.json")
     weights = _weights_file(unet)
-    check_file(weights, expected="a safetensors file")
-    state = read_safetensors(weights)
+    state, _ = network_state(read_state_dict(weights, expected="weights of a UNet2DModel"), MARKER)
     with torch.device("meta"):
         network = networks.UNet(config)
     fill(network, _from_diffusers(state, config, weights), weights)
@@ -59,10 +65,22 @@ def read_diffusers(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
         "resolution": config.resolution,
         "channels": config.in_channels,
         "classes": classes,
-        "discretization_steps": int(settings.get("num_train_timesteps", 40)),
-        "source": f"diffusers folder {path.name}",
+        "discretization_steps": steps,
+        "source": f"diffusers folder {path.name}" + (f", its {unet.name}" if unet.name == "unet_ema" and unet != path else ""),
     }
-    return network.eval().requires_grad_(False), Preconditioning(form="boundary", c_noise="250 ln sigma", **sigmas), info
+    return network.eval().requires_grad_(False), preconditioning, info
+
+
+def _read_scheduler(path: Path) -> tuple[Preconditioning, int]:
+    """(preconditioning, levels of the grid that integer timesteps index) of a scheduler's configuration."""
+    settings = _check_class(path, SCHEDULER, expected=f"a {SCHEDULER}")
+    sigmas = {
+        name: float(field(settings, name, NUMBER, path)) for name in ("sigma_min", "sigma_max", "sigma_data", "rho") if name in settings
+    }
+    try:
+        return Preconditioning(form="boundary", c_noise=C_NOISE, **sigmas), field(settings, "num_train_timesteps", COUNT, path, default=40)
+    except InputError as error:
+        raise InputError(f"{error} It stands in {path}.") from None
 
 
 def write_diffusers(path: str | Path, denoiser: Denoiser, info: dict) -> None:
@@ -74,8 +92,8 @@ def write_diffusers(path: str | Path, denoiser: Denoiser, info: dict) -> None:
     unet_config = to_config(network)
     if preconditioning.form != "boundary":
         raise InputError(f"no diffusers form in noise.form: {preconditioning.form}. ConsistencyModelPipeline has the boundary form only.")
-    if preconditioning.c_noise != "250 ln sigma":
-        raise InputError(f"no diffusers form in noise.c_noise: {preconditioning.c_noise}. {SCHEDULER} has 250 ln sigma only.")
+    if preconditioning.c_noise != C_NOISE:
+        raise InputError(f"no diffusers form in noise.c_noise: {preconditioning.c_noise}. {SCHEDULER} has {C_NOISE} only.")
     scheduler = {
         "_class_name": SCHEDULER,
         "_diffusers_version": WRITTEN_FOR,
@@ -101,37 +119,63 @@ def read_config(path: Path) -> networks.UNetConfig:
     config = read_json(path)
     for name, allowed in FIXED.items():
         if config.get(name, allowed[0]) not in allowed:
-            refuse(path, expected="an ADM U-Net", reason=f"{name} is {config[name]!r}, not {allowed[0]!r}")
-    try:
-        widths, levels = config["block_out_channels"], len(config["block_out_channels"])
-        down, up = list(config["down_block_types"]), list(config["up_block_types"])
-        resolution, groups = config["sample_size"], config.get("norm_num_groups", 32)
-        styles = {config.get("downsample_type", "conv"), config.get("upsample_type", "conv")}
-    except (KeyError, TypeError) as error:
-        refuse(path, expected="a UNet2DModel configuration", reason=f"{error} is missing")
+            refuse(path, expected="an ADM U-Net", reason=f"{name} is {shown(config[name])}, not {shown(allowed[0])}")
+
+    def option(name: str, kind: str, default=NEEDED, *, null: bool = False):
+        return field(config, name, kind, path, default=default, null=null)
+
+    widths, groups, resolution = option("block_out_channels", COUNTS), option("norm_num_groups", COUNT, 32), _sample_size(config, path)
+    down, up = list(option("down_block_types", TEXTS)), list(option("up_block_types", TEXTS))
+    styles = {option("downsample_type", TEXT, "conv"), option("upsample_type", TEXT, "conv")}
     resblock_updown = styles == {"resnet"}
     attends = [name == "AttnDownBlock2D" for name in down]
     expected_down = ["AttnDownBlock2D" if attend else DOWN_TYPES[resblock_updown] for attend in attends]
     expected_up = ["AttnUpBlock2D" if attend else UP_TYPES[resblock_updown] for attend in reversed(attends)]
-    if (levels > 1 and styles not in ({"resnet"}, {"conv"})) or (down, up) != (expected_down, expected_up):
+    if len(widths) != len(down):
+        refuse(path, expected="a UNet2DModel configuration", reason=f"{len(widths)} block_out_channels for {len(down)} down_block_types")
+    if (len(widths) > 1 and styles not in ({"resnet"}, {"conv"})) or (down, up) != (expected_down, expected_up):
         refuse(path, expected="an ADM U-Net", reason=f"blocks {', '.join(down + up)} with {' and '.join(sorted(styles))} resampling")
-    if config.get("attn_norm_num_groups") not in (None, groups) or config.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        refuse(path, expected="an ADM U-Net", reason="attn_norm_num_groups or time_embedding_dim differ from ADM's")
-    return networks.UNetConfig(
-        resolution=resolution,
-        in_channels=config.get("in_channels", 3),
-        out_channels=config.get("out_channels", 3),
-        channels=widths[0],
-        channel_mult=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
-        blocks=config.get("layers_per_block", 2),
-        attention_resolutions=tuple(resolution >> level for level in range(levels) if attends[level]),
-        head_channels=config.get("attention_head_dim", 8) or widths[-1],
-        dropout=config.get("dropout", 0.0),
-        num_classes=config.get("num_class_embeds"),
-        scale_shift_norm=config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        resblock_updown=resblock_updown,
-        norm_groups=groups,
-    )
+    embedding = option("resnet_time_scale_shift", TEXT, "default")
+    for name, value, usual in (
+        ("attn_norm_num_groups", option("attn_norm_num_groups", COUNT, None, null=True), (None, groups)),
+        ("time_embedding_dim", option("time_embedding_dim", COUNT, None, null=True), (None, 4 * widths[0])),
+        ("resnet_time_scale_shift", embedding, ("default", "scale_shift")),
+    ):
+        if value not in usual:
+            refuse(path, expected="an ADM U-Net", reason=f"{name} is {shown(value)}, ADM's is {shown(usual[1])}")
+    head_channels = option("attention_head_dim", COUNT, 8, null=True)
+    options = {
+        "in_channels": option("in_channels", COUNT, 3),
+        "out_channels": option("out_channels", COUNT, 3),
+        "blocks": option("layers_per_block", COUNT, 2),
+        **({"num_heads": 1} if head_channels is None else {"head_channels": head_channels}),
+        "dropout": option("dropout", NUMBER, 0.0),
+        "num_classes": option("num_class_embeds", COUNT, None, null=True),
+    }
+    try:
+        return networks.UNetConfig(
+            resolution=resolution,
+            channels=widths[0],
+            channel_mult=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
+            attention_resolutions=tuple(resolution >> level for level in range(len(widths)) if attends[level]),
+            scale_shift_norm=embedding == "scale_shift",
+            resblock_updown=resblock_updown,
+            norm_groups=groups,
+            **options,
+        )
+    except InputError as error:
+        raise InputError(f"not an ADM U-Net in {path}: {error}") from None
+
+
+def _sample_size(config: dict, path: Path) -> int:
+    """Pixels a side; diffusers writes one number or [height, width]."""
+    size = config.get("sample_size")
+    if not isinstance(size, list):
+        return field(config, "sample_size", COUNT, path)
+    sides = field(config, "sample_size", COUNTS, path)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise InputError(f"oblong images in {path}: sample_size is {shown(size)}. Only square ones are made.")
+    return sides[0]
 
 
 def to_config(network: nn.Module) -> dict:
@@ -141,10 +185,12 @@ def to_config(network: nn.Module) -> dict:
         raise InputError(f"no diffusers form in network.kind: {kind}. Only adm networks have one; convert --to fastcm instead.")
     config, widths = network.config, network.config.widths
     attends = [config.resolution >> level in config.attention_resolutions for level in range(len(widths))]
-    head_widths = {width // config.heads(width) for width, attend in zip(widths, attends, strict=True) if attend or width is widths[-1]}
+    attending = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}  # the middle always attends
+    head_widths = {width // config.heads(width) for width in attending}
+    one_head = all(config.heads(width) == 1 for width in attending)
     if widths[0] != config.channels:
         raise InputError(f"no diffusers form in network.channel_mult: {list(config.channel_mult)}. The first factor must be 1.")
-    if len(head_widths) != 1:
+    if len(head_widths) != 1 and not one_head:
         raise InputError(f"no diffusers form in network.num_heads: {config.num_heads}. Attention needs one head width; set head_channels.")
     if not config.resblock_updown and not config.conv_resample:
         raise InputError("no diffusers form in network.conv_resample: False. Resampling needs weights there.")
@@ -163,7 +209,7 @@ def to_config(network: nn.Module) -> dict:
         "downsample_type": style,
         "upsample_type": style,
         "dropout": config.dropout,
-        "attention_head_dim": head_widths.pop(),
+        "attention_head_dim": head_widths.pop() if len(head_widths) == 1 else None,  # null: a layer's heads are one
         "norm_num_groups": config.groups,
         "attn_norm_num_groups": config.groups,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
@@ -192,6 +238,8 @@ LAYERS = {
     "conv": "conv",
 }
 QKV = ("to_q", "to_k", "to_v")
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
+OLD_NAMES = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.")
 
 
 def block_names(config: networks.UNetConfig) -> dict[str, str]:
@@ -243,7 +291,8 @@ def to_state(network: nn.Module) -> dict[str, Tensor]:
 
 def _from_diffusers(state: dict[str, Tensor], config: networks.UNetConfig, source: Path) -> dict[str, Tensor]:
     """The state dict under our names. What it lacks is left out, for `fill` to name; what is left over is refused."""
-    blocks, ours, rest = block_names(config), {}, dict(state)
+    blocks, ours = block_names(config), {}
+    rest = {OLD_NAMES.sub(lambda found: f"{found[1]}.{OLD_ATTENTION[found[2]]}.", name): value for name, value in state.items()}
     with torch.device("meta"):
         expected = networks.UNet(config).state_dict()
     for key, like in expected.items():
@@ -252,9 +301,7 @@ def _from_diffusers(state: dict[str, Tensor], config: networks.UNetConfig, sourc
         wanted = [f"{theirs}.{part}.{kind}" for part in QKV] if name.endswith("qkv") else [f"{theirs}.{kind}"]
         parts = [rest.pop(wanted_key).float() for wanted_key in wanted if wanted_key in rest]
         if len(parts) != len(wanted):
-            refuse_keys(
-                source, expected="an ADM U-Net", keys=[f"{k} (missing)" for k in wanted if k not in state], remedy="Check its config.json."
-            )
+            refuse_keys(source, expected="an ADM U-Net", keys=[f"{k} (missing)" for k in wanted], remedy="Check its config.json.")
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         ours[key] = value[..., None, None] if like.ndim == 4 and value.ndim == 2 else value
     if rest:
@@ -270,10 +317,12 @@ def _check_class(path: Path, name: str, *, expected: str) -> dict:
 
 
 def _weights_file(unet: Path) -> Path:
-    """The safetensors file of a unet folder, fp32 before a variant such as fp16."""
-    plain = unet / Path(WEIGHTS_NAME).name
-    variants = [plain] if plain.is_file() else sorted(unet.glob("diffusion_pytorch_model*.safetensors"))
-    if len(variants) != 1:
-        found = ", ".join(file.name for file in [*variants, *sorted(unet.glob("*.bin"))]) or "no weights"
-        raise InputError(f"no {plain.name} in {unet}: {found}. Download or save the safetensors form.")
-    return variants[0]
+    """The weights of a unet folder: safetensors before .bin, one file before the index of parts, fp32 before a variant such as fp16."""
+    files = sorted(file for file in unet.glob(f"{WEIGHTS_STEM}*") if not re.search(r"-\d+-of-\d+", file.name))
+    for suffix in (".safetensors", ".bin"):
+        plain = [unet / f"{WEIGHTS_STEM}{suffix}", unet / f"{WEIGHTS_STEM}{suffix}.index.json"]
+        variants = [file for file in files if file.suffix == suffix or (suffix in file.name and is_index(file))]
+        if found := next((file for file in plain if file in files), variants[0] if len(variants) == 1 else None):
+            return found
+    names = ", ".join(file.name for file in sorted(unet.glob(f"{WEIGHTS_STEM}*"))[:3]) or "no weights"
+    raise InputError(f"no {WEIGHTS_STEM}.safetensors in {unet}: {names}. Download or save one file, or the index that names its parts.")

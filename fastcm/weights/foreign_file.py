@@ -24,10 +24,12 @@ def check_file(path: Path, *, expected: str) -> None:
         raise InputError(f"not {expected} in {path}: a web page. The download failed; fetch the file itself.")
 
 
-def refuse(path: Path, *, expected: str, reason: object) -> NoReturn:
+def refuse(
+    path: Path, *, expected: str, reason: object, remedy: str = "Download the file again, or check where it comes from."
+) -> NoReturn:
     """Raises InputError with the first line of `reason`: the file begins well but cannot be read."""
     line = str(reason).strip().splitlines()[0][:160] if str(reason).strip() else type(reason).__name__
-    raise InputError(f"not {expected} in {path}: {line.rstrip('.')}. Download the file again, or check where it comes from.") from None
+    raise InputError(f"not {expected} in {path}: {line.rstrip('.')}. {remedy}") from None
 
 
 def refuse_keys(path: Path, *, expected: str, keys: list[str], remedy: str) -> NoReturn:

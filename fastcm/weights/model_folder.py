@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import networks
-from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.consistency.denoiser import Denoiser, Preconditioning, check_channels
 from fastcm.errors import InputError
+from fastcm.weights.fields import SECTION, TEXT, check_model_fields, field
 from fastcm.weights.model_card import model_card
 
 FORMAT, VERSION = "fastcm-model", 1
@@ -125,21 +126,21 @@ def load_model(folder: Path, *, network: nn.Module | None = None) -> tuple[Denoi
         raise InputError(
             f"unknown version in {folder / CONFIG_NAME}: {config.get('version')}. This fastcm reads version {VERSION}; upgrade it."
         )
+    scalings, options = (dict(field(config, name, SECTION, folder / CONFIG_NAME)) for name in ("preconditioning", "network"))
+    kind = field(options, "kind", TEXT, folder / CONFIG_NAME)
+    options.pop("kind")
+    if network is None and kind == CUSTOM:
+        raise InputError(f"a network of your own in {folder}: {options.get('class')}. Call fastcm.load(..., network=that_module).")
     try:
-        preconditioning = Preconditioning(**config["preconditioning"])
-        options = dict(config["network"])
-        kind = options.pop("kind")
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"broken config in {folder / CONFIG_NAME}: {error}. Restore the file from a copy.") from None
-    if network is None:
-        if kind == CUSTOM:
-            raise InputError(f"a network of your own in {folder}: {options.get('class')}. Call fastcm.load(..., network=that_module).")
-        with torch.device("meta"):
-            network = networks.build(kind, options)
-    state = read_safetensors(folder / WEIGHTS_NAME)
-    fill(network, state, folder / WEIGHTS_NAME)
+        preconditioning = Preconditioning(**scalings)
+        if network is None:
+            with torch.device("meta"):
+                network = networks.build(kind, options)
+    except (TypeError, InputError) as error:  # TypeError: a name that Preconditioning does not have
+        raise InputError(f"broken config in {folder / CONFIG_NAME}: {error}") from None
+    check_channels(network, folder / CONFIG_NAME)
+    check_model_fields(config, folder / CONFIG_NAME, network=network)
+    fill(network, read_safetensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     return Denoiser(network.eval().requires_grad_(False), preconditioning), config
 
 

@@ -12,9 +12,10 @@ from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
 from fastcm.weights.foreign_file import refuse, refuse_keys
 from fastcm.weights.model_folder import fill
-from fastcm.weights.state_dict_file import read_state_dict
+from fastcm.weights.state_dict_file import network_state, read_state_dict
 
 EXPECTED = "an OpenAI checkpoint (.pt)"
+MARKER = "time_embed.0.weight"  # the key that every ADM U-Net has
 NORM_GROUPS = 32  # fixed in OpenAI's network
 # Image size by channel multipliers: the defaults of OpenAI's model options. No weight depends on the size.
 IMAGE_SIZES = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256, (0.5, 1, 1, 2, 2, 4, 4): 512}
@@ -32,14 +33,15 @@ TWO_STEP_SIGMAS = {
 def read_openai(
     path: str | Path, *, image_size: int | None = None, head_channels: int = 64, form: str | None = None
 ) -> tuple[nn.Module, Preconditioning, dict]:
-    """Returns (network with fp32 weights on the CPU, preconditioning, info) of a `.pt` state dict, which is read without running code.
+    """Returns (network with fp32 weights on the CPU, preconditioning, info) of an ADM U-Net's state dict, read without running code.
 
-    The architecture follows from keys and shapes. image_size: needed for channel multipliers outside IMAGE_SIZES. head_channels: no key
-    shows it; every published model has 64. form: "edm" or "boundary"; by default "edm" for files named edm_*, "boundary" for all others.
-    Raises InputError naming file and reason.
+    path: as `read_state_dict` reads it, with whatever trainers put around it; an average is preferred (`network_state`). The architecture
+    follows from keys and shapes. image_size: needed for channel multipliers outside IMAGE_SIZES. head_channels: no key shows it; every
+    published model has 64. form: "edm" or "boundary"; by default "edm" for files named edm_*, "boundary" for all others. Raises InputError
+    naming file and reason.
     """
     path = Path(path)
-    state = read_state_dict(path, expected=EXPECTED)
+    state, part = network_state(read_state_dict(path, expected=EXPECTED), MARKER)
     try:
         config = infer_config(state, path, image_size=image_size, head_channels=head_channels)
     except (KeyError, IndexError) as error:
@@ -49,7 +51,12 @@ def read_openai(
     fill(network, {name: value.float() for name, value in state.items()}, path)
     preconditioning = Preconditioning(form=form or form_of(path), c_noise="250 ln sigma")
     classes = [str(index) for index in range(config.num_classes)] if config.num_classes else None
-    info = {"resolution": config.resolution, "channels": config.in_channels, "classes": classes, "source": f"OpenAI checkpoint {path.name}"}
+    info = {
+        "resolution": config.resolution,
+        "channels": config.in_channels,
+        "classes": classes,
+        "source": f"OpenAI checkpoint {path.name}{part and f', its {part}'}",
+    }
     two_step = next((sigma for name, sigma in TWO_STEP_SIGMAS.items() if path.name.startswith(name)), None)
     if two_step is not None:
         info["sampling"] = {"2": [preconditioning.sigma_max, two_step]}
@@ -90,11 +97,14 @@ def form_of(path: Path) -> str:
 
 def infer_config(state: dict[str, Tensor], path: Path, *, image_size: int | None = None, head_channels: int = 64) -> networks.UNetConfig:
     """The options of the ADM network whose state dict this is, from keys and shapes. `path` names the file in errors."""
-    needed = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "output_blocks.0.0.in_layers.2.weight")
+    needed = (MARKER, "input_blocks.0.0.weight", "out.2.weight", "output_blocks.0.0.in_layers.2.weight")
     if not all(name in state for name in needed):
         known = re.compile(r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.")
         keys = [name for name in state if not known.match(name)] or list(state)
-        refuse_keys(path, expected="an ADM U-Net", keys=keys, remedy="Only OpenAI's consistency_models networks are read from .pt files.")
+        remedy = "Only OpenAI's consistency_models networks are read from single files."
+        if "conv_in.weight" in keys:
+            remedy = "These are diffusers' names: give the folder that holds the file and its config.json."
+        refuse_keys(path, expected="an ADM U-Net", keys=keys, remedy=remedy)
     channels = state["time_embed.0.weight"].shape[1]
     levels = _levels(state)
     mult = tuple(_plain(state[f"{prefix}.0.out_layers.3.weight"].shape[0] / channels) for prefix, _ in levels)

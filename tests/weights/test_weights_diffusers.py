@@ -81,6 +81,19 @@ def save_pipeline(folder, options, *, steps=40):
     return pipeline
 
 
+def save_parts(weights, state, *, variant=None):
+    """The state dict in two files and an index, as diffusers names them for `weights`, the name of a single file."""
+    from safetensors.torch import save_file
+
+    infix, names, index = f".{variant}" if variant else "", sorted(state), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{weights.stem}{infix}-{number:05d}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, weights.with_name(file))
+        index |= dict.fromkeys(part, file)
+    name = f"{weights.name}.index{infix}.json"
+    weights.with_name(name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+
+
 def pipeline_images(pipeline, labels, **steps):
     config = pipeline.unet.config
     generator = torch.Generator().manual_seed(3)
