@@ -137,7 +137,8 @@ def picture(source, *, resolution: int, channels: int = 3, name: str = "source")
     """A picture of any size as uint8 [resolution, resolution, channels], by the rule for training pictures.
 
     That is (data/decoding.py): halved with a box filter while its short side is at least twice the resolution, then its short
-    side resized to the resolution (bicubic), and the centre square cut out; transparency is laid over white; channels is 1 (grey) or 3.
+    side resized to the resolution (bicubic), and the centre square cut out; transparency is laid over white. channels: 1 (grey),
+    3 (RGB) or 4 (RGBA, which keeps the transparency).
 
     source: a file, a PIL image or an array uint8 [H, W] or [H, W, C]. name: what an error calls it. Raises InputError.
     """
@@ -145,17 +146,16 @@ def picture(source, *, resolution: int, channels: int = 3, name: str = "source")
 
     from fastcm.data.decoding import BadImageError, decode, eight_bits, to_pixels
 
-    grey = channels == 1
     try:
         if isinstance(source, (str, Path)):
             if not Path(source).is_file():
                 raise InputError(f"no such file in {name}: {source}. Give a picture.")
-            return decode(Path(source), resolution=resolution, grey=grey).transpose(1, 2, 0)
+            return decode(Path(source), resolution=resolution, channels=channels).transpose(1, 2, 0)
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8 or source.ndim not in (2, 3):
                 raise InputError(f"wrong form of array in {name}: {source.dtype} {source.shape}. Give uint8 [H, W] or [H, W, C].")
             source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
-        return to_pixels(eight_bits(ImageOps.exif_transpose(source), grey=grey), resolution=resolution).transpose(1, 2, 0)
+        return to_pixels(eight_bits(ImageOps.exif_transpose(source), channels=channels), resolution=resolution).transpose(1, 2, 0)
     except BadImageError as error:
         raise InputError(f"unreadable picture in {name}: {source}: {error}. Save it again.") from None
 

@@ -24,6 +24,8 @@ from fastcm.weights.model_folder import network_config
 Source = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 # Options of `train` that name a field of TrainConfig otherwise than the field.
 OPTION_FIELDS = {"lr": "optimizer.lr"}
+# Settings that say how the data set is read.
+DATA_SETTINGS = ("channels", "labels_file")
 PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
 
 
@@ -82,7 +84,7 @@ def plan(
             resolution=resolution,
             classes=0 if unlabelled else None,
             bad_images=changes.get("bad_images", "fail"),
-            labels_file=changes.get("labels_file"),
+            **{name: changes.get(name) for name in DATA_SETTINGS},
         )
     )
     label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
@@ -137,7 +139,8 @@ def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
         if have != want:
             raise InputError(
                 f"another {what} in --data: {config.data}: {have} (the preset {config.preset} has {want}). "
-                "Leave PRESET out to fit the network to the data."
+                f"{'Pass --channels ' + str(want) + ', or leave' if what == 'number of channels' else 'Leave'} PRESET out "
+                "to fit the network to the data."
             )
 
 

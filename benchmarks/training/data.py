@@ -151,7 +151,7 @@ class PillowAlone:
 
 
 def build_cache(folder: Path, listing: sources.Listing, kind: Kind) -> Callable[[int], None]:
-    form = cache_building.Form(kind.resolution, grey=False, exact=False)
+    form = cache_building.Form(kind.resolution, channels=3, exact=False)
 
     def call(number: int) -> None:
         entry = folder / f"cache-{os.urandom(4).hex()}"

@@ -91,7 +91,7 @@ export class Model {
     const { channels, resolution } = this.manifest, plane = resolution ** 2, pixels = new Uint8ClampedArray(4 * plane);
     for (let i = 0; i < plane; i++) {
       for (let channel = 0; channel < 3; channel++) pixels[4 * i + channel] = (data[(channels === 1 ? 0 : channel) * plane + i] + 1) * 127.5;
-      pixels[4 * i + 3] = 255;
+      pixels[4 * i + 3] = channels === 4 ? (data[3 * plane + i] + 1) * 127.5 : 255;
     }
     return pixels;
   }

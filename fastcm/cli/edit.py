@@ -122,7 +122,7 @@ def edited(args: argparse.Namespace, generator, labels):
             known = np.where(mask[..., None] >= 128, np.uint8(128), picture)
             return {"picture": picture, "known": known}, generator.inpaint(picture, mask, seeds, labels, **options)
         if args.task == "colorize":
-            colours = {} if read_header(args.image, "--image").is_grey else {"picture": load_picture(args, generator, grey=False)}
+            colours = {} if read_header(args.image, "--image").is_grey else {"picture": load_picture(args, generator, channels=3)}
             return {**colours, "grey": picture}, generator.colorize(picture, seeds, labels, **options)
         if args.task == "superres":
             factor = factor_of(args, generator)
@@ -132,10 +132,10 @@ def edited(args: argparse.Namespace, generator, labels):
         return {"painting": picture}, generator.stroke(picture, seeds, labels, **options)
 
 
-def load_picture(args: argparse.Namespace, generator, *, grey: bool | None = None):
+def load_picture(args: argparse.Namespace, generator, *, channels: int | None = None):
     """The picture by the project's rule for files, uint8 [H, W, C] at the model's resolution (superres: or 1/P of it).
 
-    grey: False for its colours where the task takes it without.
+    channels: 3 for its colours where the task takes it without.
     """
     from fastcm import api
 
@@ -143,13 +143,12 @@ def load_picture(args: argparse.Namespace, generator, *, grey: bool | None = Non
         return load_array(args.image)
     resolution, factor = generator.resolution, factor_of(args, generator)
     header = read_header(args.image, "--image")
-    if header.is_grey and generator.channels == 3 and args.task != "colorize":
+    if header.is_grey and generator.channels > 1 and args.task != "colorize":
         raise InputError(f"greyscale for a colour model in --image: {args.image}. Colour it first: fastcm edit colorize.")
     if args.task == "superres" and factor > 0 and header.width == header.height == resolution // factor:
         resolution //= factor
-    if grey is None:
-        grey = generator.channels == 1 or args.task == "colorize"
-    return api.picture(args.image, resolution=resolution, channels=1 if grey else 3, name="--image")
+    channels = channels or (1 if args.task == "colorize" else generator.channels)
+    return api.picture(args.image, resolution=resolution, channels=channels, name="--image")
 
 
 def factor_of(args: argparse.Namespace, generator) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastcm.cli import evaluate_search
 from fastcm.cli.evaluate_sets import FIRST_SEED, Measured, draw_samples, is_samples, open_model, read_samples, step_list
 from fastcm.cli.sample import seed_list, sigma_list
+from fastcm.cli.train import add_data
 from fastcm.errors import InputError
 
 # Up to this size, and for pictures below 32 pixels, data are judged by a classifier of their own; beyond, by Inception.
@@ -16,7 +17,7 @@ SEARCH_METRICS = ("fid", "fd", "kid", *evaluate_search.LARGER_IS_BETTER)
 def add(subparsers) -> None:
     parser = subparsers.add_parser("evaluate", help="measure samples against real images", description=__doc__)
     parser.add_argument("model", metavar="MODEL|x.npz|FOLDER", help="a model of any kind, or samples: an .npz or a folder of pictures")
-    parser.add_argument("--data", metavar="SRC", help="the real images: a folder (class = subfolder), an .npz, or digits")
+    add_data(parser)
     parser.add_argument(
         "--seeds", metavar="A-B", type=seed_list, help=f"seeds of the samples; from {FIRST_SEED} on, as many as images, at most 2,000"
     )

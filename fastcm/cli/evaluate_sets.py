@@ -53,7 +53,7 @@ def read_samples(args: argparse.Namespace) -> Measured:
             raise InputError(f"an option of models beside samples: --{shown} with {args.model}. Leave it out, or give a model.")
     path = Path(args.model)
     found = open_dataset(path)
-    dataset = None if args.data is None else open_dataset(args.data, resolution=found.resolution)
+    dataset = None if args.data is None else open_dataset(args.data, resolution=found.resolution, **data_options(args, found.channels))
     if dataset is not None:
         if found.labels is not None and dataset.class_names:
             # Files made by `fastcm sample` hold the numbers of the classes, folders hold their names.
@@ -62,6 +62,12 @@ def read_samples(args: argparse.Namespace) -> Measured:
         check_shape(path.name, found.images.shape[1:], dataset.images.shape[1:])
     facts = {"samples": f"{len(found):,} images of {path}", "samples_fingerprint": found.fingerprint}
     return Measured(dataset, [Samples(path.name, found.images, found.labels)], facts, None)
+
+
+def data_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
+    """How `--data` is read beside images of `channels`: RGBA ones are not compared with pictures laid over white."""
+    options = {name: getattr(args, name) for name in ("channels", "labels_file")}
+    return options if channels != 4 else {**options, "channels": args.channels or 4}
 
 
 def open_model(args: argparse.Namespace) -> Measured:
@@ -76,7 +82,9 @@ def open_model(args: argparse.Namespace) -> Measured:
     generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider)
     dataset = None
     if args.data is not None:
-        dataset = open_dataset(args.data, resolution=generator.resolution, classes=generator.classes)
+        dataset = open_dataset(
+            args.data, resolution=generator.resolution, classes=generator.classes, **data_options(args, generator.channels)
+        )
         check_shape(args.model, (generator.channels, generator.resolution, generator.resolution), dataset.images.shape[1:])
     count = DEFAULT_COUNT if dataset is None else min(len(dataset), DEFAULT_COUNT)
     seeds = np.array(args.seeds if args.seeds is not None else range(FIRST_SEED, FIRST_SEED + count), dtype=np.int64)

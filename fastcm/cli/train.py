@@ -24,8 +24,7 @@ def add(subparsers) -> None:
         help="edm (diffusion teacher), cd, scd (distillation), ct, ict, sct (from data), ect (tuning); the preset's own by default",
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
-    parser.add_argument("--data", metavar="SRC", help="pictures: a folder, zip, .npz, CIFAR-10, tar shards, digits, emoji32 (docs/data.md)")
-    parser.add_argument("--labels-file", metavar="FILE", help="CSV or JSON of classes for --data; labels.csv beside the pictures is found")
+    add_data(parser)
     parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils")
     parser.add_argument("--init", metavar="MODEL", help="start from this model's weights")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder; runs/PRESET, or runs/PRESET-METHOD, by default")
@@ -49,6 +48,19 @@ def add(subparsers) -> None:
     parser.add_argument("--sample-every", metavar="N", type=kimg, help="images between two sample grids")
     parser.add_argument("--lpips-weights", metavar="FILE", help="VGG16's state dict, for objective.distance=lpips")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and schedule, and stop")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """`--data` and how it is read."""
+    kinds = "a folder, zip, .npz, .npy, IDX, CIFAR-10, SVHN, tar shards, digits, emoji32"
+    parser.add_argument("--data", metavar="SRC", help=f"pictures: {kinds} (docs/data.md)")
+    labels = "classes for --data: CSV or JSON (labels.csv beside the pictures is found), beside arrays IDX, .npy or .npz"
+    parser.add_argument("--labels-file", metavar="FILE", help=labels)
+    parser.add_argument("--channels", type=int, metavar="C", help="1 (grey), 3 (RGB) or 4 (RGBA); 1 or 3 by the pictures by default")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="the pictures' column in a table or hub data set; found by its type by default"
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="the classes' column, or none; the ClassLabel by default")
 
 
 def kimg(text: str) -> float:
@@ -131,6 +143,7 @@ def changes(args: argparse.Namespace) -> dict:
         "bad_images": args.bad_images,
         "lpips_weights": args.lpips_weights,
         "labels_file": args.labels_file,
+        "channels": args.channels,
         "checkpoint_every_s": args.checkpoint_every,
         "evaluate_every_kimg": args.evaluate_every,
         "sample_every_kimg": args.sample_every,

@@ -35,10 +35,10 @@ ABANDONED_S = 30 * 86400.0  # a partial entry that was not touched for so long i
 
 
 class Form(NamedTuple):
-    """What every picture becomes: uint8 [1 if grey else 3, side, side]. exact: pictures must have the size already."""
+    """What every picture becomes: uint8 [channels, side, side]. exact: pictures must have the size already."""
 
     side: int
-    grey: bool
+    channels: int
     exact: bool
 
 
@@ -74,19 +74,19 @@ def changed(path: str) -> InputError:
     return InputError(f"a data set that changed while it was read, in --data: {path}. Run the same command again.")
 
 
-def resolve_form(listing: Listing, resolution: int | None, bad_images: str) -> Form:
-    """The form of a listing: its own size where `resolution` is None, grey where no picture has colour. Raises InputError."""
+def resolve_form(listing: Listing, resolution: int | None, channels: int | None, bad_images: str) -> Form:
+    """The form of a listing: its own size where `resolution` is None; where `channels` is, grey if no picture has colour, else RGB."""
     bad = BadImages(listing, bad_images)
     first = next(filter(None, (_header(listing, row, bad) for row in range(len(listing.names)))), None)
     if resolution is None and first.width != first.height:
         raise other_sizes(listing.root, [(first.width, first.height)])
     spans, exact = listing.spans, resolution is None
-    form = Form(resolution or first.width, first.is_grey, exact)
-    if form.grey:  # one colour picture decides, so few are opened unless all are grey
+    form = Form(resolution or first.width, channels or (1 if first.is_grey else 3), exact)
+    if channels is None and first.is_grey:  # one colour picture decides, so few are opened unless all are grey
         spread = [spans[row] for row in np.linspace(0, len(spans) - 1, 64, dtype=int)]
         blocks = [spread, *(spans[start : start + BLOCK] for start in range(0, len(spans), BLOCK))]
         with DecodePool(Task(os.devnull, *form), workers=_workers(listing)) as pool:
-            form = form._replace(grey=not pool.any_colour(blocks))
+            form = form._replace(channels=3 if pool.any_colour(blocks) else 1)
     return form
 
 
@@ -190,7 +190,7 @@ def _build(partial: Path, listing: Listing, form: Form, bad: BadImages, progress
     journal.end()
     if len(kept) < count:
         close_gaps(Path(task.out), kept, task.row_bytes)
-    shape = (len(kept), 1 if form.grey else 3, form.side, form.side)
+    shape = (len(kept), form.channels, form.side, form.side)
     labels = None if listing.classes.labels is None else listing.classes.labels[kept]
     image_cache.finish(partial, digest, shape=shape, labels=labels, class_names=listing.classes.names, bad=bad.lines())
 

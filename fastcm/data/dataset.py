@@ -10,19 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from fastcm import kernels
-from fastcm.data import cache_building, cifar, image_cache, npz, streaming
+from fastcm.data import array_files, cache_building, cifar, image_cache, npz, streaming, svhn
 from fastcm.data.cache_building import other_sizes
-from fastcm.data.decoding import to_pixels
+from fastcm.data.decoding import eight_bits, to_pixels
 from fastcm.data.labels import MAX_CLASSES, check_labels, numbered
 from fastcm.data.sources import BUILT_IN, Listing, Source, find
 from fastcm.errors import InputError, nearest
+from fastcm.generation.pictures import MODES, to_pil
 
 BLOCK = 256  # pictures of an array file read between two writes
 IN_MEMORY_BYTES = 64 << 20  # arrays below this are read at once; above, they go through the memory-mapped cache
+ARRAY_FILES = {
+    "npz": npz.open_npz,
+    "npy": array_files.open_npy,
+    "idx": array_files.open_idx,
+    "mat": svhn.open_mat,
+    "cifar": cifar.open_cifar,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,20 +104,25 @@ def open_dataset(
     source: str | os.PathLike | np.ndarray | tuple[np.ndarray, np.ndarray],
     *,
     resolution: int | None = None,
+    channels: int | None = None,
     classes: int | Sequence[str] | None = None,
     bad_images: str = "fail",
     labels_file: str | os.PathLike | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Opens any source of pictures (docs/data.md has the rules), an array uint8 [N, H, W, C], or a tuple (array, labels int [N]).
 
-    source: a built-in set (digits, emoji32), a folder or zip of pictures, an `.npz`, CIFAR-10's python batches as folder or tar.gz, tar
-    shards as a file, a folder or a pattern such as `train-{000..146}.tar`.
+    source: a built-in set (digits, emoji32), a folder or zip of pictures, an `.npz` or `.npy`, IDX files or their folder, CIFAR-10's python
+    batches as folder or tar.gz, SVHN's `.mat`, tar shards as a file, a folder or a pattern such as `train-{000..146}.tar`.
     resolution: side of the square pictures; None takes theirs, if they are all of one square size.
+    channels: 1 (grey), 3 (RGB) or 4 (RGBA); None takes 1 where all pictures are grey, else 3, and an array as it is.
     classes: what a model expects: names, by which labels are renumbered, or a number that labels must stay below; 0 drops the labels.
     bad_images: "fail" stops at an unreadable file; "skip" leaves it out, lists it in bad_images.txt and stops above 1 %.
     labels_file: a CSV or JSON with the label of each picture of a folder or zip; None takes labels.csv, labels.json or dataset.json there.
+      For `.npy`, `.npz` and IDX pictures a file of the same kinds with their labels; None takes the one named alike.
     cache_dir: where decoded pictures and large arrays are kept; None is $FASTCM_CACHE, else ~/.cache/fastcm.
     progress: shows what is done and left while decoding.
     Raises InputError naming the file or the option.
@@ -119,26 +131,29 @@ def open_dataset(
         raise InputError(f"unknown value in --bad-images: {bad_images}. Choose fail or skip.{nearest(bad_images, ('fail', 'skip'))}")
     if resolution is not None and not 1 <= resolution <= 4096:
         raise InputError(f"impossible picture size in --resolution: {resolution}. Choose 1 to 4096.")
+    if channels not in (None, *MODES):
+        raise InputError(f"impossible number of channels in --channels: {channels}. Choose 1 (grey), 3 (RGB) or 4 (RGBA).")
     if isinstance(source, tuple | np.ndarray):
         images, labels = source if isinstance(source, tuple) else (source, None)
-        return _with_classes(_from_arrays(np.asarray(images), labels, resolution, "array"), classes)
+        return _with_classes(_from_arrays(np.asarray(images), labels, None, (resolution, channels), "array"), classes)
     cache = image_cache.cache_folder(cache_dir)
     if str(source) in BUILT_IN:
         with resources.as_file(resources.files("fastcm.data") / "builtin" / f"{source}.npz") as file:
-            return _with_classes(_from_file(file, "npz", [file], resolution, cache, progress), classes)
+            built_in = Source("npz", file, (file,), None, MAX_CLASSES)
+            return _with_classes(_from_file(built_in, resolution, channels, cache, progress), classes)
     limit = classes if isinstance(classes, int) and classes else MAX_CLASSES
     found = find(str(source), labels_file=None if labels_file is None else Path(labels_file), limit=limit)
     if not found.has_pictures:
-        dataset = _from_file(found.root, found.kind, found.files, resolution, cache, progress)
+        dataset = _from_file(found, resolution, channels, cache, progress)
     else:
-        dataset = _from_pictures(found, resolution, bad_images, cache, progress)
+        dataset = _from_pictures(found, resolution, channels, bad_images, cache, progress)
     return _with_classes(dataset, classes)
 
 
-def _from_pictures(source: Source, resolution: int | None, bad_images: str, cache: Path, progress: bool) -> Dataset:
+def _from_pictures(source: Source, resolution: int | None, channels: int | None, bad_images: str, cache: Path, progress: bool) -> Dataset:
     """A folder, zip or tar shards: the entry of the last time where nothing changed, else listed, and decoded or streamed once."""
     root, name = source.root, source.name
-    key = source.key(resolution)
+    key = source.key(resolution, channels)
     known, changed = image_cache.recall(cache, key)
     opened = None if known is None else _open(cache / known, root, bad_images)
     if opened is None:
@@ -146,8 +161,8 @@ def _from_pictures(source: Source, resolution: int | None, bad_images: str, cach
             print(f"fastcm: {changed} changed since {root} was decoded; reading it again", file=sys.stderr)
         listing = source.listing()
         watched = image_cache.stamps([*listing.watched, *listing.sample(image_cache.WATCHED_FILES)])
-        entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key(listing.content(resolution))}"
-        opened = _open(entry, root, bad_images) or _decode(entry, listing, resolution, bad_images, progress)
+        entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key(listing.content(resolution, channels))}"
+        opened = _open(entry, root, bad_images) or _decode(entry, listing, resolution, channels, bad_images, progress)
         image_cache.remember(cache, key, entry.name, watched)
     if opened.bad and bad_images == "fail":
         picture, _, reason = opened.bad[0].partition(": ")
@@ -159,10 +174,12 @@ def _open(entry: Path, root: Path, bad_images: str) -> image_cache.Entry | None:
     return image_cache.open_entry(entry) or streaming.open_stream(entry, root, bad_images)
 
 
-def _decode(entry: Path, listing: Listing, resolution: int | None, bad_images: str, progress: bool) -> image_cache.Entry:
+def _decode(
+    entry: Path, listing: Listing, resolution: int | None, channels: int | None, bad_images: str, progress: bool
+) -> image_cache.Entry:
     """Into the cache where it leaves a tenth of the free space; else an index is written, and pictures are decoded in each batch."""
-    form = cache_building.resolve_form(listing, resolution, bad_images)
-    needed_bytes = len(listing.names) * (1 if form.grey else 3) * form.side**2
+    form = cache_building.resolve_form(listing, resolution, channels, bad_images)
+    needed_bytes = len(listing.names) * form.channels * form.side**2
     partial = cache_building.partial_of(entry)
     if partial.exists() or image_cache.has_room(entry.parent, needed_bytes):
         return cache_building.build(entry, listing, form, bad_images=bad_images, progress=progress)
@@ -175,41 +192,43 @@ def _decode(entry: Path, listing: Listing, resolution: int | None, bad_images: s
     return streaming.open_stream(entry, listing.root, bad_images)
 
 
-def _from_file(path: Path, kind: str, files: Sequence[Path], resolution: int | None, cache: Path, progress: bool) -> Dataset:
-    """An `.npz` or CIFAR-10: in memory if it is small, else through the cache."""
-    if kind == "npz":
-        arrays = npz.open_npz(path)
-        count, height, width, channels = arrays.images_shape
-        if count * height * width * channels <= IN_MEMORY_BYTES:
-            images = np.concatenate(list(arrays.blocks(count)))
-            return _from_arrays(images, arrays.labels, resolution, path.stem)
-    name = path.stem if kind == "npz" else "cifar10"
-    entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key([kind, resolution, *image_cache.stamps(map(str, files))])}"
+def _from_file(source: Source, resolution: int | None, channels: int | None, cache: Path, progress: bool) -> Dataset:
+    """A file of arrays: in memory if it is small, else through the cache."""
+    kind, files = source.kind, source.files
+    name = "cifar10" if kind == "cifar" else source.name
+    form = resolution if channels is None else (resolution, channels)
+    entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key([kind, form, *image_cache.stamps(map(str, files))])}"
     opened = image_cache.open_entry(entry)
     if opened is None:
-        if kind != "npz":
-            arrays = cifar.open_cifar(path)
-        count, height, width, channels = arrays.images_shape
-        side = resolution or _own_side(height, width, path)
-        names = getattr(arrays, "class_names", None) or numbered(arrays.labels)
-        blocks = _blocks(arrays.blocks, count, side, progress)
-        opened = image_cache.build_entry(entry, blocks, shape=(count, channels, side, side), labels=arrays.labels, class_names=names)
+        arrays = ARRAY_FILES[kind](source.root) if kind == "cifar" else ARRAY_FILES[kind](*files)
+        count, height, width, given = arrays.images_shape
+        if count * height * width * given <= IN_MEMORY_BYTES:
+            images = np.concatenate(list(arrays.blocks(count)))
+            return _from_arrays(images, arrays.labels, arrays.class_names, (resolution, channels), name)
+        side, channels = resolution or _own_side(height, width, source.root), channels or given
+        blocks = _blocks(arrays.blocks, count, side, channels, progress)
+        names = arrays.class_names or numbered(arrays.labels)
+        shape = (count, channels, side, side)
+        opened = image_cache.build_entry(entry, blocks, shape=shape, labels=arrays.labels, class_names=names)
     return Dataset(opened.images, opened.labels, opened.class_names, name, opened.fingerprint)
 
 
-def _blocks(read: Callable[[int], Iterator[np.ndarray]], count: int, side: int, progress: bool) -> Iterator[np.ndarray]:
+def _blocks(read: Callable[[int], Iterator[np.ndarray]], count: int, side: int, channels: int, progress: bool) -> Iterator[np.ndarray]:
     with tqdm(total=count, desc="reading", unit="img", disable=None if progress else True) as bar:
         for block in read(BLOCK):
-            yield _resized(block, side)
+            yield _formed(block, side, channels)
             bar.update(len(block))
 
 
-def _from_arrays(images: np.ndarray, labels: np.ndarray | None, resolution: int | None, name: str) -> Dataset:
-    count, height, width, channels = npz.check_images(images.shape, images.dtype, f"--data: {name}")
-    side = resolution or _own_side(height, width, Path(name))
+def _from_arrays(
+    images: np.ndarray, labels: np.ndarray | None, class_names: tuple[str, ...] | None, form: tuple[int | None, int | None], name: str
+) -> Dataset:
+    """form: the resolution and number of channels asked for; None for the array's own."""
+    count, height, width, given = npz.check_images(images.shape, images.dtype, f"--data: {name}")
+    side, channels = form[0] or _own_side(height, width, Path(name)), form[1] or given
     labels = None if labels is None else check_labels(labels, count, f"the labels of --data: {name}")
-    pixels = _resized(images.reshape(count, height, width, channels), side)
-    names = numbered(labels)
+    pixels = _formed(images.reshape(count, height, width, given), side, channels)
+    names = class_names or numbered(labels)
     identity = image_cache.fingerprint(hashlib.sha256(pixels), pixels.shape, labels, names)
     pixels.flags.writeable = False
     return Dataset(pixels, labels, names, name, identity)
@@ -221,13 +240,12 @@ def _own_side(height: int, width: int, root: Path) -> int:
     return height
 
 
-def _resized(images: np.ndarray, resolution: int) -> np.ndarray:
-    """uint8 [N, H, W, C] -> a new uint8 [N, C, resolution, resolution], cropped and resized by the rule of decoding.py."""
-    if images.shape[1:3] == (resolution, resolution):
+def _formed(images: np.ndarray, resolution: int, channels: int) -> np.ndarray:
+    """uint8 [N, H, W, C] -> a new uint8 [N, channels, resolution, resolution], cropped and resized by the rule of decoding.py."""
+    if images.shape[1:] == (resolution, resolution, channels):
         return np.array(images.transpose(0, 3, 1, 2), order="C")
     images = np.ascontiguousarray(images)
-    pictures = (Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images)
-    return np.stack([to_pixels(picture, resolution=resolution) for picture in pictures])
+    return np.stack([to_pixels(eight_bits(to_pil(image), channels=channels), resolution=resolution) for image in images])
 
 
 def _with_classes(dataset: Dataset, classes: int | Sequence[str] | None) -> Dataset:

@@ -21,12 +21,12 @@ class Task(NamedTuple):
 
     out: str
     resolution: int
-    grey: bool
+    channels: int
     exact: bool
 
     @property
     def row_bytes(self) -> int:
-        return (1 if self.grey else 3) * self.resolution**2
+        return self.channels * self.resolution**2
 
 
 class Result(NamedTuple):
@@ -44,12 +44,11 @@ class Result(NamedTuple):
 
 def decode_block(task: Task, descriptor: int, slot: int, spans: Sequence[Span]) -> Result:
     """Decodes the pictures and writes them, uint8 [C, resolution, resolution] each, at row `slot` of the open file."""
-    channels = 1 if task.grey else 3
-    pixels = np.zeros((len(spans), channels, task.resolution, task.resolution), np.uint8)
+    pixels = np.zeros((len(spans), task.channels, task.resolution, task.resolution), np.uint8)
     bad = []
     for place, span in enumerate(spans):
         try:
-            pixels[place] = decode(read_span(span), resolution=task.resolution, grey=task.grey, exact=task.exact)
+            pixels[place] = decode(read_span(span), resolution=task.resolution, channels=task.channels, exact=task.exact)
         except BadImageError as error:
             bad.append((place, str(error)))
         except OtherSizeError as error:

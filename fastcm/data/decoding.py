@@ -3,9 +3,10 @@
 The rule, in this order:
 1. The first frame of an animated file is taken; EXIF orientation is applied.
 2. 16-bit grey (`I;16`, and `I` as older Pillow opens it) is scaled by 255/65535; 32-bit float (`F`) has no stated range and is refused.
-3. Transparency (RGBA, LA, PA, tRNS) is laid over white.
-4. Grey stays grey only when the whole data set is grey, otherwise every picture becomes RGB; palette, CMYK, YCbCr, LAB and HSV
-   become RGB by Pillow's conversion; a palette counts as colour, whatever its entries are.
+3. Transparency (RGBA, LA, PA, tRNS) is laid over white, except where four channels are asked for.
+4. Grey stays grey only when the whole data set is grey or one channel is asked for, otherwise every picture becomes RGB; palette, CMYK,
+   YCbCr, LAB and HSV become RGB by Pillow's conversion; a palette counts as colour, whatever its entries are. Of four channels the last is
+   opacity, 255 where a picture has none.
 5. Crop and resize as in guided-diffusion (openai/guided-diffusion, image_datasets.py, `center_crop_arr`): halve with a box filter while
    the short side is at least twice the resolution, resize the short side to the resolution (bicubic), cut the centre square.
 """
@@ -20,8 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastcm.generation.pictures import MODES
+
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 ORIENTATION_INFO = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow finds an orientation outside TIFF
@@ -57,8 +61,8 @@ def read_header(picture: Path | bytes) -> Header:
         return Header(*image.size, image.mode in GREY_MODES)
 
 
-def decode(picture: Path | bytes, *, resolution: int, grey: bool, exact: bool = False) -> np.ndarray:
-    """Returns a file, or a file's bytes, as uint8 [C, resolution, resolution], C = 1 if `grey` else 3.
+def decode(picture: Path | bytes, *, resolution: int, channels: int, exact: bool = False) -> np.ndarray:
+    """Returns a file, or a file's bytes, as uint8 [channels, resolution, resolution]; channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     exact: raise OtherSizeError instead of cropping and resizing. Raises BadImageError.
     """
@@ -69,7 +73,7 @@ def decode(picture: Path | bytes, *, resolution: int, grey: bool, exact: bool = 
         # Looking for it in vain would cost a tenth of a small PNG. TIFF, which newer Pillow turns by itself, keeps it in its tags.
         if hasattr(image, "tag_v2") or not ORIENTATION_INFO.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)
-        return to_pixels(eight_bits(image, grey=grey), resolution=resolution)
+        return to_pixels(eight_bits(image, channels=channels), resolution=resolution)
 
 
 @contextmanager
@@ -97,22 +101,25 @@ def bombs_raise() -> None:
     _bombs_raise_everywhere = True
 
 
-def eight_bits(image: Image.Image, *, grey: bool) -> Image.Image:
-    """Converts any mode to `L` (if `grey`) or `RGB` by points 2 to 4 of the module's rule. Raises BadImageError for mode `F`."""
+def eight_bits(image: Image.Image, *, channels: int) -> Image.Image:
+    """Converts any mode to `L`, `RGB` or `RGBA` (1, 3, 4 channels) by points 2 to 4 of the module's rule; BadImageError for mode `F`."""
     if image.mode == "F":
         raise BadImageError("32-bit float pixels have no stated range")
     if image.mode in SIXTEEN_BIT_MODES:
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    elif image.mode in TRANSPARENT_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    mode = "L" if grey else "RGB"
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    elif channels == 4:
+        image = image.convert("RGB")  # Pillow does not know every mode's way to RGBA
+    mode = MODES[channels]
     return image if image.mode == mode else image.convert(mode)
 
 
 def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
-    """Crops and resizes an `L` or `RGB` picture by point 5; returns uint8 [C, resolution, resolution]."""
+    """Crops and resizes an `L`, `RGB` or `RGBA` picture by point 5; returns uint8 [C, resolution, resolution]."""
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)

@@ -4,18 +4,22 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from fastcm.data.labels import check_labels
 from fastcm.errors import ARRAY_FILE_ERRORS, InputError
+from fastcm.generation.pictures import MODES
 
-IMAGE_LAYOUT = "uint8 [N, H, W, C] with C = 1 or 3, or [N, H, W]"
+IMAGE_LAYOUT = "uint8 [N, H, W, C] with C = 1, 3 or 4, or [N, H, W]"
 
 
 @dataclass(frozen=True)
 class Arrays:
     """The shape of an `.npz` file's pictures, with their labels read. images_shape: [N, H, W, C]; labels int64 [N] or None."""
+
+    class_names: ClassVar[None] = None
 
     path: Path
     images_shape: tuple[int, int, int, int]
@@ -82,7 +86,7 @@ def _read_npy_header(stream, path: Path) -> tuple[tuple[int, ...], bool, np.dtyp
 
 def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> tuple[int, int, int, int]:
     """Returns the shape as [N, H, W, C]; raises InputError where it is no stack of pictures. `where` names the array and its file."""
-    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
+    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in MODES):
         raise InputError(f"not pictures in {where}: {dtype} {list(shape)}. Expected {IMAGE_LAYOUT}.")
     if 0 in shape:
         raise InputError(f"no picture in {where}: shape {list(shape)}. Expected {IMAGE_LAYOUT}.")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from fastcm.data import cifar, labels, tar_shards
+from fastcm.data import array_files, cifar, labels, tar_shards
 from fastcm.data.decoding import EXTENSIONS, BadImageError
 from fastcm.data.image_cache import entry_key
 from fastcm.data.labels import LABEL_FILES, MAX_CLASSES, Classes
@@ -34,9 +34,9 @@ class Listing:
     classes: Classes
     watched: Sequence[str] = field(repr=False)
 
-    def content(self, resolution: int | None) -> Iterator[object]:
+    def content(self, resolution: int | None, channels: int | None) -> Iterator[object]:
         """What decides the pixels and labels: names, sizes, times (checksums in a zip), the bytes of some pictures. Not where they lie."""
-        yield resolution
+        yield resolution if channels is None else (resolution, channels)
         for name, span in zip(self.names, self.spans, strict=True):
             yield f"{name}\0{span.size}\0{span.mtime_ns if span.crc < 0 else span.crc}"
         if self.classes.labels is not None:
@@ -181,6 +181,10 @@ def _walk(root: str, folders: list[str]) -> Iterator[tuple[str, os.stat_result |
                 yield entry.path, status
 
 
+def _names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in _sorted_entries(str(folder))] if folder.is_dir() else []
+
+
 def _sorted_entries(folder: str) -> Iterable[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
@@ -190,14 +194,15 @@ def _sorted_entries(folder: str) -> Iterable[os.DirEntry]:
 
 
 KINDS = (
-    "Give a folder or zip of pictures, an .npz, CIFAR-10's python batches, tar shards (train-{000..146}.tar), "
+    "Give a folder or zip of pictures, an .npz or .npy, IDX files, CIFAR-10's batches, SVHN's .mat, tar shards (train-{000..146}.tar), "
     f"or a built-in set: {', '.join(BUILT_IN)}."
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What `--data` names, before it is read. files: what it was given as; a kind other than folder, zip and tar holds arrays."""
+    """What `--data` names, before it is read. files: what it was given as, for arrays the pictures and, where it lies apart, the file of
+    labels; a kind other than folder, zip and tar holds arrays."""
 
     kind: str
     root: Path
@@ -214,9 +219,10 @@ class Source:
     def has_pictures(self) -> bool:
         return self.kind in ("folder", "zip", "tar")
 
-    def key(self, resolution: int | None) -> str:
-        """The key by which the cache remembers what this source was at a resolution."""
-        return entry_key(["source", self.kind, *self.files, self.labels_file and self.labels_file.resolve(), self.limit, resolution])
+    def key(self, resolution: int | None, channels: int | None) -> str:
+        """The key by which the cache remembers what this source was at a resolution and number of channels."""
+        form = resolution if channels is None else (resolution, channels)
+        return entry_key(["source", self.kind, *self.files, self.labels_file and self.labels_file.resolve(), self.limit, form])
 
     def listing(self) -> Listing:
         """Lists the pictures; seconds for a million. Raises InputError."""
@@ -233,24 +239,35 @@ def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASS
     if path.is_dir():
         kind, files = _kind_of_folder(path)
     elif path.is_file():
-        kinds = {".npz": "npz", ".zip": "zip", ".tar": "tar"}
-        kind = "cifar" if lower.endswith((".tar.gz", ".tgz")) else kinds.get(path.suffix.lower())
+        kinds = {".npz": "npz", ".npy": "npy", ".mat": "mat", ".zip": "zip", ".tar": "tar"}
+        kind = "cifar" if lower.endswith((".tar.gz", ".tgz")) else "idx" if array_files.is_idx(lower) else kinds.get(path.suffix.lower())
     elif lower.endswith(".tar") and any(c in source for c in "{*?["):
         kind, files = "tar", tuple(tar_shards.expand(source))
     if kind is None:
         what = "not a data set" if path.exists() else "no such file or folder"
         raise InputError(f"{what} in --data: {source}. {KINDS}{nearest(source, BUILT_IN)}")
+    if kind in ("npy", "idx") and labels_file is None:
+        labels_file = array_files.labels_beside(files[0])
+    if kind in ("npy", "idx") and labels_file is not None:
+        _size_and_time(labels_file)
+        files, labels_file = (*files, labels_file), None
     if labels_file is not None and kind not in ("folder", "zip"):
         raise InputError(f"a file of labels for a source that carries its own: {labels_file} with --data {source}. Leave it out.")
-    return Source(kind, path, tuple(file.resolve() for file in files), labels_file, limit)
+    # A file of arrays is read by its name, which the target of a link may not have.
+    files = tuple(file.resolve() if kind in ("folder", "zip", "tar") else file.absolute() for file in files)
+    return Source(kind, path, files, labels_file, limit)
 
 
 def _kind_of_folder(path: Path) -> tuple[str, tuple[Path, ...]]:
-    """cifar where it holds CIFAR-10's batches, tar where shards lie at its top and no pictures, else folder."""
+    """cifar where it holds CIFAR-10's batches, idx where MNIST's files, tar where shards lie at its top and no pictures, else folder."""
     batches = cifar.files_of(path)
     if batches is not None:
         return "cifar", tuple(batches)
     names = [entry.name for entry in _sorted_entries(str(path))]
+    for folder, inside in ((path, names), (path / "raw", _names_in(path / "raw") if "raw" in names else [])):  # raw: torchvision's layout
+        images = array_files.idx_images(folder, inside)
+        if images is not None:
+            return "idx", (images,)
     shards = [name for name in names if name.lower().endswith(".tar")]
     if shards and not any(map(_is_picture, names)):
         return "tar", tuple(path / name for name in shards)

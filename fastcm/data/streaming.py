@@ -64,7 +64,7 @@ class StreamedImages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return len(self), 1 if self.form.grey else 3, self.form.side, self.form.side
+        return len(self), self.form.channels, self.form.side, self.form.side
 
     @property
     def nbytes(self) -> int:
@@ -155,10 +155,10 @@ def build_stream(entry: Path, listing: Listing, form: Form) -> None:
         if listing.classes.labels is not None:
             np.save(temporary / "labels.npy", listing.classes.labels)
         identity = hashlib.sha256(f"streamed {entry.name} {form}".encode())
-        shape = (len(listing.names), 1 if form.grey else 3, form.side, form.side)
+        shape = (len(listing.names), form.channels, form.side, form.side)
         manifest = {
             "version": image_cache.VERSION,
-            "form": form,
+            "form": form._asdict(),
             "classes": listing.classes.names,
             "fingerprint": image_cache.fingerprint(identity, shape, listing.classes.labels, listing.classes.names),
         }
@@ -184,7 +184,7 @@ def open_stream(entry: Path, root: Path, bad_images: str) -> image_cache.Entry |
         if manifest["version"] != image_cache.VERSION:
             return None
         labels = image_cache.load_labels(entry / "labels.npy") if (entry / "labels.npy").exists() else None
-        images = StreamedImages(StreamIndex(entry), Form(*manifest["form"]), root=root, bad_images=bad_images)
+        images = StreamedImages(StreamIndex(entry), Form(**manifest["form"]), root=root, bad_images=bad_images)
         names = tuple(manifest["classes"]) if manifest["classes"] else None
         return image_cache.Entry(images, labels, names, manifest["fingerprint"], ())
     except (OSError, ValueError, KeyError, TypeError):

@@ -86,6 +86,8 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def extract(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        if images.shape[1] not in (1, 3):
+            raise InputError(f"images of {images.shape[1]} channels for --features inception. Use judge, or a network of yours.")
         parts = []
         for start in range(0, len(images), INCEPTION_BATCH):
             x = torch.from_numpy(np.array(images[start : start + INCEPTION_BATCH])).to(self.device)

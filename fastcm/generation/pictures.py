@@ -14,10 +14,12 @@ from PIL.PngImagePlugin import PngInfo
 READABLE_PIXELS = 64
 # Pixels between the images of a grid, and of a line of text.
 GAP, LINE = 2, 12
+# Pillow's mode by the number of channels; the fourth is opacity.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """An image uint8 [H, W, C] with one or three channels."""
+    """An image uint8 [H, W, C] with one, three (RGB) or four (RGBA) channels."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 

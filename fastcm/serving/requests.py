@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcm.errors import InputError, nearest
+from fastcm.generation.pictures import MODES
 from fastcm.generation.request import chosen_sampler, label_array, seed_array
 
 # Network calls of one image: more are not better, and one request must not hold the others up.
@@ -122,7 +123,7 @@ def decoded_picture(fields: dict[str, Any], name: str, generator, *, grey: bool)
         if picture.size != (generator.resolution, generator.resolution):
             found = "x".join(map(str, picture.size))
             raise InputError(f"wrong size in {name}: {found}. The model has {generator.resolution}x{generator.resolution}.")
-        return np.array(picture.convert("L" if grey or generator.channels == 1 else "RGB"))
+        return np.array(picture.convert("L" if grey else MODES[generator.channels]))
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -171,6 +171,7 @@ class TrainConfig:
     microbatch: int | None = None  # images that a process takes at a time; None: its whole share of the batch
     seed: int = 0
     resolution: int | None = None
+    channels: int | None = None  # what pictures are brought to; None: their own
     flip: bool = False
     teacher: str | None = None
     init: str | None = None

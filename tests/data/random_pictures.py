@@ -1,5 +1,6 @@
 """Random pixels, and random pictures in every kind of source, for the data tests."""
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -113,3 +114,11 @@ def oversized_header():
     member = tarfile.TarInfo("x")
     member.type, member.size = tarfile.XHDTYPE, 999_999_999
     return member.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+
+
+def write_idx(path, array):
+    """An array of uint8 or int8 in IDX, compressed where the name ends in .gz; returns the path."""
+    kind = {"uint8": 8, "int8": 9}[array.dtype.name]
+    content = bytes([0, 0, kind, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path

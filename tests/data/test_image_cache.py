@@ -277,7 +277,7 @@ def test_opening_a_million_pictures_takes_less_than_a_second(tmp_path, no_decodi
     for index in range(2000):
         (root / f"{index}.png").write_bytes(b"")
     watched = [str(root / f"{index % 2000}.png") for index in range(image_cache.WATCHED_FILES)]
-    image_cache.remember(cache, sources.find(str(root)).key(64), "million", image_cache.stamps([str(root), *watched]))
+    image_cache.remember(cache, sources.find(str(root)).key(64, None), "million", image_cache.stamps([str(root), *watched]))
     no_decoding()
     seconds = []
     for _ in range(3):  # other tests' threads count too: the quietest time is the opening's own

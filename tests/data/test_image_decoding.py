@@ -14,16 +14,16 @@ from fastcm.data.decoding import BadImageError, decode, read_header, to_pixels
 from fastcm.errors import InputError
 
 
-def golden(tmp_path, image, name="x.png", *, grey=False, resolution=2, **options):
+def golden(tmp_path, image, name="x.png", *, channels=3, resolution=2, **options):
     image.save(tmp_path / name, **options)
-    return decode(tmp_path / name, resolution=resolution, grey=grey).tolist()
+    return decode(tmp_path / name, resolution=resolution, channels=channels).tolist()
 
 
 def test_alpha_lies_over_white(tmp_path):
     pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0]], [[0, 0, 0, 128], [0, 0, 200, 51]]], dtype=np.uint8)
     expected = [[[255, 255], [127, 204]], [[0, 255], [127, 204]], [[0, 255], [127, 244]]]
     assert golden(tmp_path, Image.fromarray(pixels)) == expected
-    assert golden(tmp_path, Image.fromarray(pixels[:, :, 2:]), grey=True) == [[[0, 255], [127, 244]]]
+    assert golden(tmp_path, Image.fromarray(pixels[:, :, 2:]), channels=1) == [[[0, 255], [127, 244]]]
 
 
 def test_palette_transparency_and_one_bit(tmp_path):
@@ -34,14 +34,14 @@ def test_palette_transparency_and_one_bit(tmp_path):
     assert golden(tmp_path, image, transparency=1) == [[[10, 255], [70, 255]], [[20, 255], [80, 255]], [[30, 255], [90, 255]]]
     bits = Image.new("1", (2, 2))
     bits.putdata([1, 0, 0, 1])
-    assert golden(tmp_path, bits, grey=True) == [[[255, 0], [0, 255]]]
+    assert golden(tmp_path, bits, channels=1) == [[[255, 0], [0, 255]]]
 
 
 def test_sixteen_bits_are_scaled(tmp_path):
     image = Image.fromarray(np.array([[0, 128], [129, 65535]], dtype=np.uint16))
-    assert golden(tmp_path, image, grey=True) == [[[0, 0], [1, 255]]]
+    assert golden(tmp_path, image, channels=1) == [[[0, 0], [1, 255]]]
     assert golden(tmp_path, image) == [[[0, 0], [1, 255]]] * 3
-    assert golden(tmp_path, image, "x.tif", grey=True) == [[[0, 0], [1, 255]]]
+    assert golden(tmp_path, image, "x.tif", channels=1) == [[[0, 0], [1, 255]]]
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -59,7 +59,7 @@ def test_cmyk_without_loss(tmp_path):
 def test_float_pixels_are_refused(tmp_path):
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(BadImageError, match="32-bit float"):
-        decode(tmp_path / "x.tif", resolution=2, grey=True)
+        decode(tmp_path / "x.tif", resolution=2, channels=1)
 
 
 @pytest.mark.parametrize(("orientation", "expected"), [(1, [[1, 2], [3, 4]]), (3, [[4, 3], [2, 1]]), (6, [[3, 1], [4, 2]])])
@@ -67,7 +67,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, expected):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.array([[1, 2], [3, 4]], dtype=np.uint8))
-    assert golden(tmp_path, image, grey=True, exif=exif) == [expected]
+    assert golden(tmp_path, image, channels=1, exif=exif) == [expected]
 
 
 @pytest.mark.parametrize("place", ["x.tif", "x.webp", "xmp png", "xmp webp"])
@@ -83,7 +83,7 @@ def test_orientation_wherever_it_is_written(tmp_path, place):
         "xmp png": ("x.png", {"pnginfo": info}),
         "xmp webp": ("x.webp", {"xmp": text.encode(), "lossless": True}),
     }[place]
-    assert golden(tmp_path, image, name, grey=True, **options) == [[[3, 1], [4, 2]]]
+    assert golden(tmp_path, image, name, channels=1, **options) == [[[3, 1], [4, 2]]]
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.png", "x.webp", "x.tif"])
@@ -92,7 +92,7 @@ def test_first_frame_of_an_animation(tmp_path, name):
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if name == "x.webp" else {}))
     with Image.open(tmp_path / name) as image:
         assert image.n_frames == 2
-    assert decode(tmp_path / name, resolution=2, grey=True).tolist() == [[[9, 9], [9, 9]]]
+    assert decode(tmp_path / name, resolution=2, channels=1).tolist() == [[[9, 9], [9, 9]]]
 
 
 def test_crop_and_resize_rule():

@@ -73,7 +73,7 @@ def read_picture(path: Path) -> None:
     from fastcm.data.decoding import BadImageError, decode
 
     try:
-        decode(path, resolution=8, grey=False)
+        decode(path, resolution=8, channels=3)
     except BadImageError as error:
         raise InputError(str(error)) from error
 

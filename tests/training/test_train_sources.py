@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from random_pictures import cifar_files, random_pixels, write_cifar, write_folder, write_shards, write_tar, write_zip
+from random_pictures import cifar_files, random_pixels, write_cifar, write_folder, write_idx, write_shards, write_tar, write_zip
 
 import fastcm
 from fastcm.cli import main
@@ -64,9 +64,31 @@ def npz(root):
     return root / "set.npz"
 
 
+def mnist_folder(root):
+    write_idx(root / "train-images-idx3-ubyte.gz", random_pixels(6, 8, 8))
+    write_idx(root / "train-labels-idx1-ubyte.gz", np.arange(6, dtype=np.uint8) % 2)
+    return root
+
+
+def npy_pair(root):
+    np.save(root / "images.npy", random_pixels(6, 8, 8, 3))
+    np.save(root / "labels.npy", np.arange(6) % 3)
+    return root / "images.npy"
+
+
+def svhn(root):
+    from scipy import io
+
+    io.savemat(root / "train_32x32.mat", {"X": random_pixels(32, 32, 3, 10), "y": np.arange(1, 11, dtype=np.uint8)[:, None]})
+    return root / "train_32x32.mat"
+
+
 @pytest.mark.parametrize(
     ("make", "classes"),
     [
+        (mnist_folder, ["0", "1"]),
+        (npy_pair, ["0", "1", "2"]),
+        (svhn, [str(digit) for digit in range(10)]),
         (pictures_folder, ["ein hund", "katze"]),
         (prefix_folder, ["cat", "dog"]),
         (labelled_folder, ["0", "1", "2"]),
@@ -86,7 +108,30 @@ def test_source_trains(tmp_path, make, classes, capsys):
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["classes"] == classes and config["training"]["data"] == str(source)
     generator = fastcm.load(out, device="cpu")
-    assert generator(seeds=[0], labels=len(classes) - 1).shape == (1, 8, 8, 1 if make is npz else 3)
+    assert generator(seeds=[0], labels=len(classes) - 1).shape == (1, 8, 8, 1 if make in (npz, mnist_folder) else 3)
+
+
+def test_a_model_of_transparent_pictures(tmp_path, capsys):
+    """`--channels 4`: trained, drawn, edited and measured with their opacity."""
+    source, out = tmp_path / "set", tmp_path / "run"
+    for name in ("a", "b"):
+        (source / name).mkdir(parents=True)
+        for index in range(8):
+            Image.fromarray(random_pixels(8, 8, 4, seed=index)).save(source / name / f"{index}.png")
+    assert main(["train", "--data", str(source), "--channels", "4", "--out", str(out), *TINY]) == 0
+    assert "4x8x8, 2 classes" in capsys.readouterr().out
+    assert json.loads((out / "model" / "config.json").read_text())["channels"] == 4
+    assert main(["sample", str(out), "--seeds", "0", "--device", "cpu", "--out", str(tmp_path / "drawn")]) == 0
+    [drawn] = (tmp_path / "drawn").rglob("*.png")
+    image = np.array(Image.open(drawn))
+    assert image.shape == (8, 8, 4) and len(np.unique(image[..., 3])) > 1
+    np.testing.assert_array_equal(image, fastcm.load(out, device="cpu")(0)[0])
+    words = ["--image", str(source / "a" / "0.png"), "--box", "0,0,4,8", "--sigmas", "80", "--device", "cpu"]
+    assert main(["edit", "inpaint", str(out), *words, "--out", str(tmp_path / "edited.png")]) == 0
+    edited = np.array(Image.open(tmp_path / "edited.png"))
+    np.testing.assert_array_equal(edited[:, 4:], random_pixels(8, 8, 4)[:, 4:])
+    words = ["--data", str(source), "--seeds", "0-15", "--metrics", "fd", "--features", "judge", "--device", "cpu", "--steps", "1"]
+    assert main(["evaluate", str(out), *words]) == 0
 
 
 def test_a_streamed_set_trains_as_a_cached_one(tmp_path, monkeypatch):
