@@ -59,6 +59,14 @@ def translations(opset: int, runtime: Table) -> dict[object, Callable]:
         woven = op.Transpose(parts, perm=[0, 1, 4, 2, 5, 3])
         return op.Reshape(woven, op.Constant(value_ints=[0, channels // r**2, height * r, width * r]))
 
+    def pixel_unshuffle(x, downscale_factor):
+        # Unlike SpaceToDepth, which lets the channel vary fastest.
+        channels, height, width = (int(size) for size in x.shape[1:])
+        r = downscale_factor
+        parts = op.Reshape(x, op.Constant(value_ints=[0, channels, height // r, r, width // r, r]))
+        gathered = op.Transpose(parts, perm=[0, 1, 3, 5, 2, 4])
+        return op.Reshape(gathered, op.Constant(value_ints=[0, channels * r**2, height // r, width // r]))
+
     def round_half_up(x):
         # A value next to a half may round to either side, as everywhere between runtimes.
         return op.Floor(op.Add(x, op.CastLike(op.Constant(value_float=0.5), x)))
@@ -73,6 +81,7 @@ def translations(opset: int, runtime: Table) -> dict[object, Callable]:
 
     aten = torch.ops.aten
     table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
+    table[aten.pixel_unshuffle.default] = pixel_unshuffle
     table |= dict.fromkeys((aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar), right_shift)
     if "Round" not in runtime.operators:
         table[aten.round.default] = round_half_up

@@ -85,7 +85,7 @@ def plan(
             classes=0 if unlabelled else None,
             bad_images=changes.get("bad_images", "fail"),
             **{name: changes.get(name) for name in DATA_SETTINGS},
-        )
+        ).for_training()
     )
     label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
     arguments = {"dataset": dataset, "data": label} if name == "folder" else {}

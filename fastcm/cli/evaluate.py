@@ -135,7 +135,7 @@ def prepare(args: argparse.Namespace, opened: Measured, metrics: list[str]):
         device = "cpu" if opened.generator is None else str(opened.generator.device)
         tools["extractor"] = extractors.open_extractor(kind, inception_weights=args.inception_weights, device=device)
     if protocol.JUDGE_METRICS & set(metrics) or (kind == "judge" and protocol.FEATURE_METRICS & set(metrics)):
-        tools["judge"] = evaluation.train_judge(images, labels, seed=args.judge_seed, cache=cache)
+        tools["judge"] = evaluation.train_judge(images, labels, seed=args.judge_seed, cache=cache, held_out=opened.held_out)
     if "lpips" in metrics:
         from fastcm.weights.lpips_weights import load_lpips
 

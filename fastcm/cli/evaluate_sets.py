@@ -61,7 +61,7 @@ def read_samples(args: argparse.Namespace) -> Measured:
             found = open_dataset(path, classes=names)
         check_shape(path.name, found.images.shape[1:], dataset.images.shape[1:])
     facts = {"samples": f"{len(found):,} images of {path}", "samples_fingerprint": found.fingerprint}
-    return Measured(dataset, [Samples(path.name, found.images, found.labels)], facts, None)
+    return Measured(dataset, [Samples(path.name, found.images, found.labels)], facts, held_out_rows(None, dataset))
 
 
 def data_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
@@ -93,10 +93,12 @@ def open_model(args: argparse.Namespace) -> Measured:
 
 
 def held_out_rows(generator, dataset):
-    """Rows of the data that the model says it was not trained on, int64, or None."""
+    """Rows of the data that the set keeps from training, or that the model says it was not trained on, int64, or None."""
     import numpy as np
 
-    training = generator.info.get("training")
+    if dataset is not None and 0 < dataset.held_out < len(dataset):
+        return np.arange(len(dataset) - dataset.held_out, len(dataset))
+    training = None if generator is None else generator.info.get("training")
     rows = training.get("held_out") if isinstance(training, dict) and dataset is not None else None
     return np.array(rows, dtype=np.int64) if rows else None
 
@@ -172,7 +174,10 @@ def describe(generator, dataset, seeds, sampler: str, asked: list[dict]):
         facts["sigmas"] = [generator.sigmas(o.get("steps"), o.get("sigmas")) for o in asked]
         how = "from noise level " + ", ".join(" -> ".join(f"{sigma:g}" for sigma in sigmas) for sigmas in facts["sigmas"])
     known = training.get("dataset")
-    facts["trained_on_this_data"] = None if known is None or dataset is None else known == dataset.fingerprint
+    seen = None if known is None or dataset is None else {dataset.fingerprint}
+    if seen and 0 < dataset.held_out < len(dataset):
+        seen.add(dataset.for_training().fingerprint)
+    facts["trained_on_this_data"] = None if seen is None else known in seen
     relation = {None: "", True: "; trained on these images", False: "; trained on other images"}[facts["trained_on_this_data"]]
     facts["samples"] = f"seeds {shown}, {labels}; {how}; {generator.provider}, {generator.precision}{relation}"
     return facts

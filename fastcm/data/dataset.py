@@ -38,7 +38,8 @@ class Dataset:
 
     images: uint8 [N, C, H, W], a read-only memory-map when it comes from a cache, a StreamedImages where none fits on the disk; labels:
     int64 [N] or None; class_names: one per class or None; fingerprint: sha256 over pixels, labels and class names, the same wherever
-    the data lies (streamed: over names, times and sizes instead of pixels); skipped: unreadable files.
+    the data lies (streamed: over names, times and sizes instead of pixels); skipped: unreadable files; held_out: how many pictures at
+    the end are kept from training, to measure against.
     """
 
     images: np.ndarray
@@ -47,6 +48,7 @@ class Dataset:
     name: str
     fingerprint: str
     skipped: int = 0
+    held_out: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,6 +88,12 @@ class Dataset:
             rows[here] = kernels.permute(places[here], len(self), seed=seed, epoch=int(epoch))
         return rows
 
+    def for_training(self) -> "Dataset":
+        """Without the pictures that are held out. Raises InputError where all are."""
+        if self.held_out == len(self):
+            raise InputError(f"held-out pictures in --data: {self.name}. They are kept to measure against: train on the rest of the set.")
+        return self.subset(slice(len(self) - self.held_out)) if self.held_out else self
+
     def subset(self, index: slice | Sequence[int] | np.ndarray) -> "Dataset":
         """The rows that `index` names, in its order: a view for a slice or a streamed set, a copy in memory for a list of rows."""
         rows = np.arange(len(self))[index]
@@ -115,8 +123,8 @@ def open_dataset(
 ) -> Dataset:
     """Opens any source of pictures (docs/data.md has the rules), an array uint8 [N, H, W, C], or a tuple (array, labels int [N]).
 
-    source: a built-in set (digits, emoji32), a folder or zip of pictures, an `.npz` or `.npy`, IDX files or their folder, CIFAR-10's python
-    batches as folder or tar.gz, SVHN's `.mat`, tar shards as a file, a folder or a pattern such as `train-{000..146}.tar`.
+    source: a built-in set (digits, emoji32, mnist, or mnist:held-out, its part that is never trained on), a folder or zip of pictures, an
+    `.npz` or `.npy`, IDX files or their folder, CIFAR-10's python batches as folder or tar.gz, SVHN's `.mat`, tar shards as a file, a folder or a pattern such as `train-{000..146}.tar`.
     resolution: side of the square pictures; None takes theirs, if they are all of one square size.
     channels: 1 (grey), 3 (RGB) or 4 (RGBA); None takes 1 where all pictures are grey, else 3, and an array as it is.
     classes: what a model expects: names, by which labels are renumbered, or a number that labels must stay below; 0 drops the labels.
@@ -137,10 +145,9 @@ def open_dataset(
         images, labels = source if isinstance(source, tuple) else (source, None)
         return _with_classes(_from_arrays(np.asarray(images), labels, None, (resolution, channels), "array"), classes)
     cache = image_cache.cache_folder(cache_dir)
-    if str(source) in BUILT_IN:
-        with resources.as_file(resources.files("fastcm.data") / "builtin" / f"{source}.npz") as file:
-            built_in = Source("npz", file, (file,), None, MAX_CLASSES)
-            return _with_classes(_from_file(built_in, resolution, channels, cache, progress), classes)
+    built_in, _, part = str(source).partition(":")
+    if built_in in BUILT_IN:
+        return _with_classes(_built_in(built_in, part, resolution, channels), classes)
     limit = classes if isinstance(classes, int) and classes else MAX_CLASSES
     found = find(str(source), labels_file=None if labels_file is None else Path(labels_file), limit=limit)
     if not found.has_pictures:
@@ -148,6 +155,22 @@ def open_dataset(
     else:
         dataset = _from_pictures(found, resolution, channels, bad_images, cache, progress)
     return _with_classes(dataset, classes)
+
+
+def _built_in(name: str, part: str, resolution: int | None, channels: int | None) -> Dataset:
+    """A set that is shipped: small, so read as a whole. part: "" or, where pictures are held out, "held-out", these alone."""
+    held_out = BUILT_IN[name]
+    if part not in ("", "held-out") or (part and not held_out):
+        known = [*BUILT_IN, *(f"{each}:held-out" for each, count in BUILT_IN.items() if count)]
+        whole = f"{name}:{part}"
+        raise InputError(f"unknown part of a built-in set in --data: {whole}. Use one of {', '.join(known)}.{nearest(whole, known)}")
+    with resources.as_file(resources.files("fastcm.data") / "builtin" / f"{name}.npz") as file:
+        arrays = npz.open_npz(file)
+        images = np.concatenate(list(arrays.blocks(arrays.images_shape[0])))
+    dataset = replace(_from_arrays(images, arrays.labels, None, (resolution, channels), name), held_out=held_out)
+    if part:
+        return replace(dataset.subset(slice(-held_out, None)), name=f"{name}:{part}", held_out=held_out)
+    return dataset
 
 
 def _from_pictures(source: Source, resolution: int | None, channels: int | None, bad_images: str, cache: Path, progress: bool) -> Dataset:

@@ -1,4 +1,4 @@
-"""The judge: a small classifier, trained deterministically on half of a labelled data set; its inner layer gives every metric's features.
+"""The judge: a small classifier, trained deterministically on a part of a labelled data set; its inner layer gives every metric's features.
 
 Figures in these features are comparable only with figures of the same judge on the same data; they are not Inception figures.
 """
@@ -19,9 +19,9 @@ from fastcm.evaluation.statistics import ordered
 from fastcm.weights.model_folder import read_safetensors, write_safetensors
 
 FEATURES, SLOPE = 64, 0.2
-LARGEST_SIDE = 32
+LARGEST_SIDE, HALVED_SIDE = 32, 24  # images are reduced to the first; from the second on, the first convolution halves them
 BATCH, BLOCK = 64, 4096
-STEPS, EPOCHS = (400, 2000), 20
+STEPS, EPOCHS = (400, 2000), 8
 LEARNING_RATE, WEIGHT_DECAY = 4e-3, 1e-2
 ROTATION, LOG_SCALE, SHIFT = 0.1, 0.1, 0.15  # radians, natural logarithm, share of half the side
 
@@ -40,7 +40,7 @@ class JudgeNetwork(nn.Module):
         def convolution(channels: int, *, stride: int = 1) -> list[nn.Module]:
             return [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.LeakyReLU(SLOPE)]
 
-        if size >= LARGEST_SIDE:
+        if size >= HALVED_SIDE:
             layers += convolution(channels, stride=2)
             channels, size = width, (size + 1) // 2
         while True:
@@ -60,8 +60,8 @@ class Judge:
     """A trained classifier. Images are uint8 [N, C, H, W] everywhere; larger sides than 32 are area-averaged to 32.
 
     network: in eval mode, its head as wide as there are classes.
-    fit, reference: indices (int64, ascending) into the images given to `train_judge`: the half it learned from and the half it never saw.
-    held_out_accuracy: its accuracy on that other half.
+    fit, reference: indices (int64, ascending) into the images given to `train_judge`: those it learned from and those it never saw.
+    held_out_accuracy: its accuracy on the latter.
     """
 
     name = "judge"
@@ -107,8 +107,12 @@ def halves(labels: np.ndarray, *, number: int) -> tuple[np.ndarray, np.ndarray]:
     return order[0::2], order[1::2]
 
 
-def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0, cache: Path | None = None) -> Judge:
-    """Trains the judge on half of a data set; equal arguments give equal bits on one machine, whatever its number of threads.
+def train_judge(
+    images: np.ndarray, labels: np.ndarray, *, seed: int = 0, cache: Path | None = None, held_out: np.ndarray | None = None
+) -> Judge:
+    """Trains the judge on half of a data set, or on all but the rows `held_out`.
+
+    Equal arguments give equal bits on one machine, whatever its number of threads.
 
     images: uint8 [N, C, H, W]. labels: int [N], 0 .. classes-1. The global random state is neither read nor changed.
     cache: a folder where a trained judge is kept under a name that hashes the data, the seed, the recipe and the version of torch.
@@ -121,11 +125,15 @@ def train_judge(images: np.ndarray, labels: np.ndarray, *, seed: int = 0, cache:
     if classes < 2 or len(images) < 4 * classes or labels.min() < 0:
         what = f"too little data for the judge: {len(images)} images, {classes} classes"
         raise InputError(f"{what}. It is a classifier: give labels of two classes or more, four images of each on average.")
-    fit, reference = (np.sort(half) for half in halves(labels, number=0))
+    if held_out is None:
+        fit, reference = (np.sort(half) for half in halves(labels, number=0))
+    else:
+        fit, reference = np.setdiff1d(np.arange(len(images)), held_out), np.sort(held_out)
     generator = torch.Generator().manual_seed(seed)
     side = to_input(np.array(images[:1])).shape[-1]
     network = initialised(JudgeNetwork, images.shape[1], side, classes, generator=generator)
-    recipe = f"{data_sha256(images, labels)} {seed} {BATCH} {STEPS} {EPOCHS} {LEARNING_RATE} {WEIGHT_DECAY} {SLOPE} {torch.__version__}"
+    settings = (seed, BATCH, STEPS, EPOCHS, LEARNING_RATE, WEIGHT_DECAY, SLOPE, HALVED_SIDE, torch.__version__)
+    recipe = " ".join(map(str, (data_sha256(images, labels, fit), *settings)))
     path = None if cache is None else Path(cache) / f"judge-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}.safetensors"
     if not (path is not None and restored(network, path)):
         inputs = torch.cat([to_input(images[fit[start : start + BLOCK]]) for start in range(0, len(fit), BLOCK)])

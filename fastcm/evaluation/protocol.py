@@ -127,7 +127,7 @@ def prepare(
     if extractor is not None and extractor.name == Judge.name:
         raise InputError(f"a name that is taken in features: {extractor.name}. Name the network otherwise.")
     if JUDGE_METRICS & set(metrics) or (FEATURE_METRICS & set(metrics) and extractor is None):
-        judge = judge if judge is not None else train_judge(images, labels, cache=cache)
+        judge = judge if judge is not None else train_judge(images, labels, cache=cache, held_out=held_out)
         protocol |= {"judge_seed": judge.seed, "judge_held_out_accuracy": judge.held_out_accuracy, "judge_sha256": judge.sha256}
         protocol["halvings"] = halves.SPLITS
         parts["judge"] = judge

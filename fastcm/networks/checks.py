@@ -3,6 +3,7 @@
 import sys
 
 from fastcm.errors import InputError, nearest
+from fastcm.networks import patches
 
 # No network has more; a file that asks for millions would keep its reader busy for ever.
 MOST_LEVELS, MOST_BLOCKS = 16, 256
@@ -61,17 +62,15 @@ def require_dropout(config) -> None:
 
 
 def require_levels(config) -> None:
-    """channel_mult keeps the widths whole, resolution halves evenly, and attention happens at resolutions that halving reaches."""
+    """patch is one of a few, channel_mult keeps the widths whole, and attention happens at resolutions that halving reaches."""
     mults, count = config.channel_mult, len(config.channel_mult)
     require(count <= MOST_LEVELS, "channel_mult", f"{count} levels", f"Give {MOST_LEVELS} at most.")
     require(config.blocks <= MOST_BLOCKS, "blocks", config.blocks, f"Give {MOST_BLOCKS} at most.")
     whole = all(mult > 0 and config.channels * mult == int(config.channels * mult) for mult in mults)
     require(count > 0 and whole, "channel_mult", mults, "Give positive factors, e.g. 1,2, that keep channels whole.")
-    factor = 2 ** (count - 1)
-    require(
-        config.resolution % factor == 0, "resolution", config.resolution, f"Give a multiple of {factor}: channel_mult has {count} levels."
-    )
+    known = ", ".join(map(str, patches.PATCHES))
+    require(config.patch in patches.PATCHES and type(config.patch) is int, "patch", config.patch, f"Choose one of {known}.")
     # Published option lists name resolutions that a shallow network does not reach; those are harmless, others are mistakes.
-    reachable = [config.resolution >> shift for shift in range(config.resolution.bit_length())]
+    reachable = [config.pixels(0) >> shift for shift in range(config.pixels(0).bit_length())]
     for pixels in config.attention_resolutions:
         require(pixels in reachable, "attention_resolutions", pixels, f"Choose among {', '.join(map(str, reachable[:count]))} pixels.")

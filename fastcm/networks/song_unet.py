@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcm.errors import InputError
-from fastcm.networks import dropout
+from fastcm.networks import dropout, patches
 from fastcm.networks.blocks import Addend, GroupNorm, noise_angles, one_hot, runner, self_attention
 from fastcm.networks.checks import (
     is_number,
@@ -36,12 +36,13 @@ class SongUNetConfig:
     resolution: int = 32
     in_channels: int = 3
     out_channels: int = 3
+    patch: int = 1  # patch x patch pixels are one place of the first level; resolutions below count its places
     channels: int = 128  # width of the first convolution, times channel_mult at each level
     channel_mult: tuple[int, ...] = (2, 2, 2)
     channel_mult_emb: int = 4  # embedding width over `channels`
     channel_mult_noise: int = 1  # noise embedding width over `channels`
     blocks: int = 4  # residual blocks per level on the way down; one more on the way up
-    attention_resolutions: tuple[int, ...] = (16,)  # in pixels; the middle block always attends
+    attention_resolutions: tuple[int, ...] = (16,)  # the middle block always attends
     dropout: float = 0.0
     num_classes: int | None = None  # None: unconditional
     augment_channels: int | None = None  # width of augmentation labels; None: not accepted
@@ -70,8 +71,12 @@ class SongUNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from full resolution down."""
+        """Channels of each level, from the first down."""
         return tuple(int(self.channels * mult) for mult in self.channel_mult)
+
+    def pixels(self, level: int) -> int:
+        """Places a side of a level's feature maps: pixels where patch is 1."""
+        return patches.first_side(self) >> level
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -171,12 +176,12 @@ class SongUNet(nn.Module):
         """Fills `enc` and returns the widths of the outputs that the decoder takes back."""
         config = self.config
         self.enc = nn.ModuleDict()
-        width, aux_width, skips = config.channels, config.in_channels, [config.channels]
+        width, aux_width, skips = config.channels, config.in_channels * config.patch**2, [config.channels]
         for level, level_width in enumerate(config.widths):
-            pixels = config.resolution >> level
+            pixels = config.pixels(level)
             size = f"{pixels}x{pixels}"
             if level == 0:
-                self.enc[f"{size}_conv"] = ResampleConv(config.in_channels, width, 3)
+                self.enc[f"{size}_conv"] = ResampleConv(aux_width, width, 3)
             else:
                 self.enc[f"{size}_down"] = SongBlock(width, width, config, direction="down")
                 skips.append(width)
@@ -198,7 +203,7 @@ class SongUNet(nn.Module):
         self.dec = nn.ModuleDict()
         width = config.widths[-1]
         for level in reversed(range(len(config.widths))):
-            pixels = config.resolution >> level
+            pixels = config.pixels(level)
             size = f"{pixels}x{pixels}"
             if level == len(config.widths) - 1:
                 self.dec[f"{size}_in0"] = SongBlock(width, width, config, attention=True)
@@ -213,7 +218,7 @@ class SongUNet(nn.Module):
                 if config.decoder == "skip" and level < len(config.widths) - 1:
                     self.dec[f"{size}_aux_up"] = Resample("up", config.resample_filter)
                 self.dec[f"{size}_aux_norm"] = GroupNorm(width, eps=NORM_EPS)
-                self.dec[f"{size}_aux_conv"] = ResampleConv(width, config.out_channels, 3, gain=1e-5)
+                self.dec[f"{size}_aux_conv"] = ResampleConv(width, config.out_channels * config.patch**2, 3, gain=1e-5)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -242,7 +247,8 @@ class SongUNet(nn.Module):
         # Two arguments for the common case: a folded network's embed takes no more.
         emb = self.embed(c_noise, labels) if augment_labels is None else self.embed(c_noise, labels, augment_labels)
         run = runner(self.config.checkpoint)
-        return self._decode(*self._encode(x.to(self.dtype), emb, run), emb, run)
+        x = patches.to_patches(x.to(self.dtype), self.config)
+        return patches.to_pixels(self._decode(*self._encode(x, emb, run), emb, run), self.config)
 
     def _encode(self, x, emb, run):
         aux, skips = x, []

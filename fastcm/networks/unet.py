@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastcm.errors import InputError
-from fastcm.networks import dropout
+from fastcm.networks import dropout, patches
 from fastcm.networks.blocks import (
     Attention,
     ClassEmbedding,
@@ -31,14 +31,15 @@ class UNetConfig:
     resolution: int = 64
     in_channels: int = 3
     out_channels: int = 3
-    channels: int = 192  # width at full resolution, times channel_mult at each level
+    patch: int = 1  # patch x patch pixels are one place of the first level; resolutions below count its places
+    channels: int = 192  # width at the first level, times channel_mult at each level
     channel_mult: tuple[float, ...] = (1, 2, 3, 4)
     blocks: int = 3  # residual blocks per level on the way down; one more on the way up
     attention_resolutions: tuple[int, ...] = (32, 16, 8)  # the middle block always attends
     head_channels: int = 64
     num_heads: int | None = None  # None: channels / head_channels
     dropout: float = 0.0
-    dropout_resolution: int | None = None  # dropout in blocks of at most this many pixels a side; None: in all
+    dropout_resolution: int | None = None  # dropout in blocks of at most this many places a side; None: in all
     num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # False: the embedding is added before the second norm
     resblock_updown: bool = True  # False: plain resampling layers between the levels
@@ -56,7 +57,7 @@ class UNetConfig:
         require_levels(self)
         for level, width in enumerate(self.widths):
             require(width % self.groups == 0, "norm_groups", self.groups, f"It must divide a layer's {width} channels.")
-            if level == len(self.widths) - 1 or self.resolution >> level in self.attention_resolutions:
+            if level == len(self.widths) - 1 or self.pixels(level) in self.attention_resolutions:
                 name = "num_heads" if self.num_heads else "head_channels"
                 require(
                     width % getattr(self, name) == 0, name, getattr(self, name), f"It must divide an attention layer's {width} channels."
@@ -64,8 +65,12 @@ class UNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from full resolution down."""
+        """Channels of each level, from the first down."""
         return tuple(int(self.channels * mult) for mult in self.channel_mult)
+
+    def pixels(self, level: int) -> int:
+        """Places a side of a level's feature maps: pixels where patch is 1."""
+        return patches.first_side(self) >> level
 
     @property
     def groups(self) -> int:
@@ -108,12 +113,11 @@ class UNet(nn.Module):
             self.label_emb = ClassEmbedding(config.num_classes, emb_channels)
         skips = self._build_down()
         width = config.widths[-1]
-        pixels = config.resolution >> (len(config.widths) - 1)
+        pixels = config.pixels(len(config.widths) - 1)
         self.middle_block = Stage(self._block(width, width, pixels), self._attention(width), self._block(width, width, pixels))
         width = self._build_up(width, skips)
-        self.out = nn.Sequential(
-            GroupNorm(width, groups=config.groups), nn.Identity(), zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
-        )
+        last = zero_init(nn.Conv2d(width, config.out_channels * config.patch**2, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(width, groups=config.groups), nn.Identity(), last)
         dropout.number_layers(self)
 
     def _block(self, in_channels: int, out_channels: int, pixels: int, resample=None) -> ResBlock:
@@ -135,10 +139,10 @@ class UNet(nn.Module):
         """Fills input_blocks and returns the widths of their outputs, which the way up takes back."""
         config = self.config
         width = config.widths[0]
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels * config.patch**2, width, 3, padding=1))])
         skips = [width]
         for level, level_width in enumerate(config.widths):
-            pixels = config.resolution >> level
+            pixels = config.pixels(level)
             if level > 0:
                 if config.resblock_updown:
                     down = self._block(width, width, pixels, downsample)
@@ -159,7 +163,7 @@ class UNet(nn.Module):
         config = self.config
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(config.widths))):
-            pixels = config.resolution >> level
+            pixels = config.pixels(level)
             for index in range(config.blocks + 1):
                 layers = [self._block(width + skips.pop(), config.widths[level], pixels)]
                 width = config.widths[level]
@@ -193,7 +197,7 @@ class UNet(nn.Module):
     def forward(self, x, c_noise, labels=None):
         emb = self.embed(c_noise, labels)
         run = runner(self.config.checkpoint)
-        x = x.to(self.dtype)
+        x = patches.to_patches(x.to(self.dtype), self.config)
         skips = []
         for stage in self.input_blocks:
             x = run(stage, x, emb)
@@ -201,4 +205,4 @@ class UNet(nn.Module):
         x = run(self.middle_block, x, emb)
         for stage in self.output_blocks:
             x = run(stage, torch.cat([x, skips.pop()], dim=1), emb)
-        return self.out(x)
+        return patches.to_pixels(self.out(x), self.config)

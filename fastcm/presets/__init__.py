@@ -8,7 +8,7 @@ from fastcm.errors import InputError, nearest
 from fastcm.presets.cifar10 import cifar10, cifar10_code, cifar10_ect_hour, cifar10_ict_deep
 from fastcm.presets.imagenet64 import imagenet64, imagenet64_code, imagenet64_l2
 from fastcm.presets.lsun256 import lsun256, lsun256_code, lsun256_l2
-from fastcm.presets.own import digits, emoji32, emoji32_large, folder
+from fastcm.presets.own import digits, emoji32, emoji32_large, folder, mnist
 from fastcm.presets.settings import ema_halflife_kimg, noise, objective
 from fastcm.training.config import TrainConfig
 
@@ -17,6 +17,7 @@ __all__ = ["DEFAULT", "PRESETS", "digits", "ema_halflife_kimg", "folder", "noise
 DEFAULT = "digits"
 
 PRESETS: dict[str, Callable[..., TrainConfig]] = {
+    "mnist": mnist,
     "digits": digits,
     "emoji32": emoji32,
     "emoji32-large": emoji32_large,

@@ -12,7 +12,7 @@ from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError
 from fastcm.networks.resample import fir_filter
 from fastcm.weights import safe_unpickle
-from fastcm.weights.foreign_file import refuse, refuse_keys
+from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
 from fastcm.weights.model_folder import fill
 from fastcm.weights.safe_unpickle import Record
 
@@ -126,6 +126,7 @@ def _options(given: dict, resolution: Any, known: dict[str, tuple[str, Any]]) ->
 def _song(given: dict, resolution: Any, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     with torch.device("meta"):
         network = networks.SongUNet(networks.SongUNetConfig(**_options(given, resolution, SONG)))
+    require_plain(network.config, "EDM")
     expected, fir = network.state_dict(), fir_filter(network.config.resample_filter)
     ours = {}
     for name, value in state.items():
@@ -144,6 +145,7 @@ def _adm(given: dict, resolution: Any, state: dict[str, Tensor]) -> tuple[nn.Mod
         raise ValueError(f"channel_mult_emb {given['channel_mult_emb']}")
     given = {name: value for name, value in given.items() if name not in ("channel_mult_emb", "augment_dim")}
     config = networks.UNetConfig(**_options(given, resolution, ADM))
+    require_plain(config, "EDM")
     if min(config.widths) < 128:
         raise ValueError(f"{min(config.widths)} channels; below 128 its group norms differ from ADM's")
     names, box, ours = adm_names(config), fir_filter((1, 1)), {}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastcm.errors import InputError
+from fastcm.networks import patches
 
 HEAD_BYTES = 512
 
@@ -30,6 +31,14 @@ def refuse(
     """Raises InputError with the first line of `reason`: the file begins well but cannot be read."""
     line = str(reason).strip().splitlines()[0][:160] if str(reason).strip() else type(reason).__name__
     raise InputError(f"not {expected} in {path}: {line.rstrip('.')}. {remedy}") from None
+
+
+def require_plain(config, form: str) -> None:
+    """Raises InputError for a network of patches or with padded images, which no other format has. form: the format's name."""
+    if not patches.is_plain(config):
+        name = "patch" if config.patch > 1 else "resolution"
+        value = getattr(config, name)
+        raise InputError(f"no {form} form in network.{name}: {value}. Its layers see images whole and halve them evenly; use fastcm's own.")
 
 
 def refuse_keys(path: Path, *, expected: str, keys: list[str], remedy: str) -> NoReturn:

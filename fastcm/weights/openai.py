@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
-from fastcm.weights.foreign_file import refuse, refuse_keys
+from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
 from fastcm.weights.model_folder import fill
 from fastcm.weights.state_dict_file import network_state, read_state_dict
 
@@ -69,6 +69,7 @@ def write_openai(path: str | Path, denoiser: Denoiser, info: dict) -> None:
     if getattr(network, "kind", None) != "adm":
         kind = getattr(network, "kind", type(network).__name__)
         raise InputError(f"no OpenAI form in network.kind: {kind}. Only adm networks have one; convert --to fastcm instead.")
+    require_plain(network.config, "OpenAI")
     if network.config.groups != NORM_GROUPS:
         groups = network.config.groups
         raise InputError(
@@ -115,7 +116,7 @@ def infer_config(state: dict[str, Tensor], path: Path, *, image_size: int | None
     resblock_updown = len(levels) == 1 or (up is not None and f"{up}.in_layers.0.weight" in state)
     conv_resample = resblock_updown or any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in state)
     block = "input_blocks.1.0"
-    return networks.UNetConfig(
+    config = networks.UNetConfig(
         resolution=size,
         in_channels=state["input_blocks.0.0.weight"].shape[1],
         out_channels=state["out.2.weight"].shape[0],
@@ -130,6 +131,8 @@ def infer_config(state: dict[str, Tensor], path: Path, *, image_size: int | None
         conv_resample=conv_resample,
         norm_groups=NORM_GROUPS,
     )
+    require_plain(config, "OpenAI")
+    return config
 
 
 def _plain(mult: float) -> float:
