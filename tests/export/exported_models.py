@@ -8,7 +8,7 @@ from test_generator import small_denoiser
 
 from fastcm.export.to_onnx import Exported, export_onnx
 
-TINY = {"channels": 8, "head_channels": 8, "channel_mult": (1,), "attention_resolutions": (8,)}
+TINY = {"channels": 8, "head_channels": 8, "channel_mult": (1,), "patch": 2, "attention_resolutions": (4,)}
 INFO = {"classes": ["ant", "bee", "cat"], "licence": "MIT"}
 LEVELS = (80.0, 3.0)
 # The options of each export; together they hold every option that a graph can have.

@@ -194,7 +194,7 @@ def test_compiles_and_exports(case):
         ("resample_filter", {"resample_filter": (1, -1)}),
         ("channels", {"channels": 6}),
         ("channels", {"channels": "8"}),
-        ("resolution", {"resolution": 7}),
+        ("resolution", {"resolution": 0}),
         ("attention_resolutions", {"attention_resolutions": (3,)}),
         ("augment_channels", {"augment_channels": 0}),
         ("dropout", {"dropout": -0.1}),

@@ -245,7 +245,6 @@ def test_every_norm_of_a_network_has_the_same_groups():
 @pytest.mark.parametrize(
     ("field", "options"),
     [
-        ("resolution", {"resolution": 9}),
         ("resolution", {"resolution": 0}),
         ("channels", {"channels": 7}),
         ("channels", {"channels": 8.0}),
