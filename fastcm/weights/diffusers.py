@@ -8,17 +8,11 @@ from torch import Tensor, nn
 
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
-<<<<<<< HEAD
 from fastcm.errors import InputError, shown
 from fastcm.weights.fields import COUNT, COUNTS, NEEDED, NUMBER, TEXT, TEXTS, field
-from fastcm.weights.foreign_file import refuse, refuse_keys
+from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
 from fastcm.weights.model_folder import fill, read_json, write_json, write_safetensors
 from fastcm.weights.state_dict_file import is_index, network_state, read_state_dict
-=======
-from fastcm.errors import InputError
-from fastcm.weights.foreign_file import check_file, refuse, refuse_keys, require_plain
-from fastcm.weights.model_folder import fill, read_json, read_safetensors, write_json, write_safetensors
->>>>>>> 257c8ae (Networks on patches, padded where levels do not divide; built-in mnist with a held-out part; preset mnist)
 
 EXPECTED = "a diffusers ConsistencyModelPipeline"
 C_NOISE = "250 ln sigma"
@@ -141,7 +135,6 @@ def read_config(path: Path) -> networks.UNetConfig:
         refuse(path, expected="a UNet2DModel configuration", reason=f"{len(widths)} block_out_channels for {len(down)} down_block_types")
     if (len(widths) > 1 and styles not in ({"resnet"}, {"conv"})) or (down, up) != (expected_down, expected_up):
         refuse(path, expected="an ADM U-Net", reason=f"blocks {', '.join(down + up)} with {' and '.join(sorted(styles))} resampling")
-<<<<<<< HEAD
     embedding = option("resnet_time_scale_shift", TEXT, "default")
     for name, value, usual in (
         ("attn_norm_num_groups", option("attn_norm_num_groups", COUNT, None, null=True), (None, groups)),
@@ -160,7 +153,7 @@ def read_config(path: Path) -> networks.UNetConfig:
         "num_classes": option("num_class_embeds", COUNT, None, null=True),
     }
     try:
-        return networks.UNetConfig(
+        made = networks.UNetConfig(
             resolution=resolution,
             channels=widths[0],
             channel_mult=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
@@ -170,6 +163,8 @@ def read_config(path: Path) -> networks.UNetConfig:
             norm_groups=groups,
             **options,
         )
+        require_plain(made, "diffusers")
+        return made
     except InputError as error:
         raise InputError(f"not an ADM U-Net in {path}: {error}") from None
 
@@ -183,27 +178,6 @@ def _sample_size(config: dict, path: Path) -> int:
     if len(sides) != 2 or sides[0] != sides[1]:
         raise InputError(f"oblong images in {path}: sample_size is {shown(size)}. Only square ones are made.")
     return sides[0]
-=======
-    if config.get("attn_norm_num_groups") not in (None, groups) or config.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        refuse(path, expected="an ADM U-Net", reason="attn_norm_num_groups or time_embedding_dim differ from ADM's")
-    made = networks.UNetConfig(
-        resolution=resolution,
-        in_channels=config.get("in_channels", 3),
-        out_channels=config.get("out_channels", 3),
-        channels=widths[0],
-        channel_mult=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
-        blocks=config.get("layers_per_block", 2),
-        attention_resolutions=tuple(resolution >> level for level in range(levels) if attends[level]),
-        head_channels=config.get("attention_head_dim", 8) or widths[-1],
-        dropout=config.get("dropout", 0.0),
-        num_classes=config.get("num_class_embeds"),
-        scale_shift_norm=config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        resblock_updown=resblock_updown,
-        norm_groups=groups,
-    )
-    require_plain(made, "diffusers")
-    return made
->>>>>>> 257c8ae (Networks on patches, padded where levels do not divide; built-in mnist with a held-out part; preset mnist)
 
 
 def to_config(network: nn.Module) -> dict:

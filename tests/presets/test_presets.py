@@ -192,7 +192,7 @@ NETWORKS = {  # kind, resolution, classes, weights, options
     "imagenet64": ("adm", 64, 1000, 295_899_267, {"channels": 192, "head_channels": 64, "scale_shift_norm": True, "resblock_updown": True}),
     "lsun256": ("adm", 256, None, 526_304_771, {"channels": 256, "head_channels": 64, "scale_shift_norm": False, "resblock_updown": True}),
 }
-BUILT_IN = {"digits": METHODS, "emoji32": ("edm", "cd", "ict", "ect"), "emoji32-large": ("edm", "cd", "ict", "ect")}
+BUILT_IN = {"mnist": METHODS, "digits": METHODS, "emoji32": ("edm", "cd", "ict", "ect"), "emoji32-large": ("edm", "cd", "ict", "ect")}
 OURS = [(name, method) for name, methods in BUILT_IN.items() for method in methods]
 
 
@@ -264,7 +264,7 @@ def test_form_and_conditioning(name, method):
     assert (noise.sigma_min, noise.sigma_max, noise.sigma_data, noise.rho) == (0.002, 80.0, 0.5, 7.0)
     assert noise.form == ("boundary" if method in ("cd", "ct", "ict") else "edm")
     network = "ln sigma / 4" if name.startswith("cifar10") or name == "emoji32-large" else "250 ln sigma"
-    trigflow = method in ("scd", "sct") and (name, method) != ("digits", "scd")  # whose teacher is digits' own
+    trigflow = method in ("scd", "sct") and (name, method) not in (("digits", "scd"), ("mnist", "scd"))  # whose teacher is their own
     assert noise.c_noise == ("arctan(sigma / sigma_data)" if trigflow else network)
 
 
@@ -335,8 +335,8 @@ def test_half_lives():
 def test_built_in_presets(name, method):
     config = config_of(name, method)
     assert config.data == name.removesuffix("-large") and config.preset == name and config.method == method
-    assert weights_of(network_of(name, method)) < {"digits": 1e6, "emoji32": 2e6, "emoji32-large": 5e7}[name]
-    assert (config.network["resolution"], config.network["in_channels"]) == ((8, 1) if name == "digits" else (32, 3))
+    assert weights_of(network_of(name, method)) < {"mnist": 1e6, "digits": 1e6, "emoji32": 2e6, "emoji32-large": 5e7}[name]
+    assert (config.network["resolution"], config.network["in_channels"]) == {"mnist": (28, 1), "digits": (8, 1)}.get(name, (32, 3))
 
 
 @pytest.mark.parametrize("name", [name for name in presets.PRESETS if name != "folder"])
@@ -406,5 +406,5 @@ def documented_row(name, method):
 
 def test_docs_table_equals_the_code():
     documented = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.count(" | ") == 10 and "| preset" not in line]
-    expected = [documented_row(name, method) for name, method in [*PUBLISHED, *OURS] if name != "digits"]
+    expected = [documented_row(name, method) for name, method in [*PUBLISHED, *OURS] if name not in ("mnist", "digits")]
     assert documented == expected, "docs/presets.md should hold:\n" + "\n".join(expected)
