@@ -25,7 +25,7 @@ Source = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 # Options of `train` that name a field of TrainConfig otherwise than the field.
 OPTION_FIELDS = {"lr": "optimizer.lr"}
 # Settings that say how the data set is read.
-DATA_SETTINGS = ("channels", "labels_file")
+DATA_SETTINGS = ("channels", "labels_file", "image_column", "label_column")
 PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
 
 

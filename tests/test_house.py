@@ -45,7 +45,8 @@ FLOORS = (
     "fastcm.benchmarks",
 )
 OPTIONAL = (
-    "triton onnx onnxscript onnxruntime aiohttp diffusers tensorboard lpips torchvision torchmetrics scipy sklearn hypothesis pytest"
+    "triton onnx onnxscript onnxruntime aiohttp diffusers tensorboard lpips torchvision torchmetrics scipy sklearn hypothesis pytest "
+    "datasets pyarrow huggingface_hub wandb trackio"
 ).split()
 
 

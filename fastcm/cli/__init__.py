@@ -27,6 +27,8 @@ EXTRAS = {
     **dict.fromkeys(("torchmetrics", "scipy"), "metrics"),
     **dict.fromkeys(("lpips", "torchvision"), "lpips"),
     "aiohttp": "serve",
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    "huggingface_hub": "hub",
     **dict.fromkeys(("pytest", "diffusers"), "test"),
 }
 

@@ -66,7 +66,7 @@ def read_samples(args: argparse.Namespace) -> Measured:
 
 def data_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
     """How `--data` is read beside images of `channels`: RGBA ones are not compared with pictures laid over white."""
-    options = {name: getattr(args, name) for name in ("channels", "labels_file")}
+    options = {name: getattr(args, name) for name in ("channels", "labels_file", "image_column", "label_column")}
     return options if channels != 4 else {**options, "channels": args.channels or 4}
 
 

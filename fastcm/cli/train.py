@@ -52,14 +52,12 @@ def add(subparsers) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """`--data` and how it is read."""
-    kinds = "a folder, zip, .npz, .npy, IDX, CIFAR-10, SVHN, tar shards, digits, emoji32"
+    kinds = "a folder, zip, .npz, .npy, IDX, .parquet, CIFAR-10, SVHN, tar shards, digits, emoji32"
     parser.add_argument("--data", metavar="SRC", help=f"pictures: {kinds} (docs/data.md)")
     labels = "classes for --data: CSV or JSON (labels.csv beside the pictures is found), beside arrays IDX, .npy or .npz"
     parser.add_argument("--labels-file", metavar="FILE", help=labels)
     parser.add_argument("--channels", type=int, metavar="C", help="1 (grey), 3 (RGB) or 4 (RGBA); 1 or 3 by the pictures by default")
-    parser.add_argument(
-        "--image-column", metavar="NAME", help="the pictures' column in a table or hub data set; found by its type by default"
-    )
+    parser.add_argument("--image-column", metavar="NAME", help="the pictures' column in a table; found by its type by default")
     parser.add_argument("--label-column", metavar="NAME", help="the classes' column, or none; the ClassLabel by default")
 
 
@@ -144,6 +142,8 @@ def changes(args: argparse.Namespace) -> dict:
         "lpips_weights": args.lpips_weights,
         "labels_file": args.labels_file,
         "channels": args.channels,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
         "checkpoint_every_s": args.checkpoint_every,
         "evaluate_every_kimg": args.evaluate_every,
         "sample_every_kimg": args.sample_every,

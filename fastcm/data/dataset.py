@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from fastcm.data.cache_building import other_sizes
 from fastcm.data.decoding import eight_bits, to_pixels
 from fastcm.data.labels import MAX_CLASSES, check_labels, numbered
 from fastcm.data.sources import BUILT_IN, Listing, Source, find
+from fastcm.data.tables import Columns, no_columns
 from fastcm.errors import InputError, nearest
 from fastcm.generation.pictures import MODES, to_pil
 
@@ -125,13 +127,14 @@ def open_dataset(
 
     source: a built-in set (digits, emoji32, mnist, or mnist:held-out, its part that is never trained on), a folder or zip of pictures, an
     `.npz` or `.npy`, IDX files or their folder, CIFAR-10's python batches as folder or tar.gz, SVHN's `.mat`, tar shards as a file, a
-    folder or a pattern such as `train-{000..146}.tar`.
+    folder or a pattern such as `train-{000..146}.tar`, a `.parquet` or a folder of them, or what `datasets.save_to_disk` wrote.
     resolution: side of the square pictures; None takes theirs, if they are all of one square size.
     channels: 1 (grey), 3 (RGB) or 4 (RGBA); None takes 1 where all pictures are grey, else 3, and an array as it is.
     classes: what a model expects: names, by which labels are renumbered, or a number that labels must stay below; 0 drops the labels.
     bad_images: "fail" stops at an unreadable file; "skip" leaves it out, lists it in bad_images.txt and stops above 1 %.
     labels_file: a CSV or JSON with the label of each picture of a folder or zip; None takes labels.csv, labels.json or dataset.json there.
       For `.npy`, `.npz` and IDX pictures a file of the same kinds with their labels; None takes the one named alike.
+    image_column, label_column: the columns of a table; None finds them by their types, a label_column "none" drops the classes.
     cache_dir: where decoded pictures and large arrays are kept; None is $FASTCM_CACHE, else ~/.cache/fastcm.
     progress: shows what is done and left while decoding.
     Raises InputError naming the file or the option.
@@ -142,6 +145,9 @@ def open_dataset(
         raise InputError(f"impossible picture size in --resolution: {resolution}. Choose 1 to 4096.")
     if channels not in (None, *MODES):
         raise InputError(f"impossible number of channels in --channels: {channels}. Choose 1 (grey), 3 (RGB) or 4 (RGBA).")
+    columns = Columns(image_column, label_column)
+    if any(columns) and (isinstance(source, tuple | np.ndarray) or str(source).partition(":")[0] in BUILT_IN):
+        raise no_columns(columns, "an array" if isinstance(source, tuple | np.ndarray) else source)
     if isinstance(source, tuple | np.ndarray):
         images, labels = source if isinstance(source, tuple) else (source, None)
         return _with_classes(_from_arrays(np.asarray(images), labels, None, (resolution, channels), "array"), classes)
@@ -150,7 +156,7 @@ def open_dataset(
     if built_in in BUILT_IN:
         return _with_classes(_built_in(built_in, part, resolution, channels), classes)
     limit = classes if isinstance(classes, int) and classes else MAX_CLASSES
-    found = find(str(source), labels_file=None if labels_file is None else Path(labels_file), limit=limit)
+    found = find(str(source), labels_file=None if labels_file is None else Path(labels_file), limit=limit, columns=columns)
     if not found.has_pictures:
         dataset = _from_file(found, resolution, channels, cache, progress)
     else:
@@ -183,7 +189,7 @@ def _from_pictures(source: Source, resolution: int | None, channels: int | None,
     if opened is None:
         if changed is not None:
             print(f"fastcm: {changed} changed since {root} was decoded; reading it again", file=sys.stderr)
-        listing = source.listing()
+        listing = source.listing(cache)
         watched = image_cache.stamps([*listing.watched, *listing.sample(image_cache.WATCHED_FILES)])
         entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key(listing.content(resolution, channels))}"
         opened = _open(entry, root, bad_images) or _decode(entry, listing, resolution, channels, bad_images, progress)
@@ -206,7 +212,10 @@ def _decode(
     needed_bytes = len(listing.names) * form.channels * form.side**2
     partial = cache_building.partial_of(entry)
     if partial.exists() or image_cache.has_room(entry.parent, needed_bytes):
-        return cache_building.build(entry, listing, form, bad_images=bad_images, progress=progress)
+        opened = cache_building.build(entry, listing, form, bad_images=bad_images, progress=progress)
+        if listing.scratch is not None:
+            shutil.rmtree(listing.scratch, ignore_errors=True)
+        return opened
     print(
         f"fastcm: {entry.parent} has no room for {needed_bytes / 1e9:.1f} GB: the pictures of {listing.root} are decoded for each batch. "
         "FASTCM_CACHE names another folder.",

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from fastcm.data import array_files, cifar, labels, tar_shards
+from fastcm.data import array_files, cifar, labels, tables, tar_shards
 from fastcm.data.decoding import EXTENSIONS, BadImageError
-from fastcm.data.image_cache import entry_key
+from fastcm.data.image_cache import entry_key, stamps
 from fastcm.data.labels import LABEL_FILES, MAX_CLASSES, Classes
 from fastcm.data.spans import ChangedError, Span, read_span
 from fastcm.errors import InputError, nearest
@@ -25,7 +25,8 @@ class Listing:
     """Pictures in their fixed order: by path in a folder or zip, as they lie in tar shards.
 
     root: the source; names: relative to it, unique; classes: see labels.py; watched: files and folders, beside the spans' own, whose
-    change would change the listing.
+    change would change the listing; scratch: a folder that the spans lie in and that is needed until they are decoded, with their hash as
+    identity.
     """
 
     root: Path
@@ -33,10 +34,14 @@ class Listing:
     spans: Sequence[Span]
     classes: Classes
     watched: Sequence[str] = field(repr=False)
+    scratch: Path | None = None
+    identity: str | None = None
 
     def content(self, resolution: int | None, channels: int | None) -> Iterator[object]:
         """What decides the pixels and labels: names, sizes, times (checksums in a zip), the bytes of some pictures. Not where they lie."""
         yield resolution if channels is None else (resolution, channels)
+        if self.identity is not None:
+            yield self.identity
         for name, span in zip(self.names, self.spans, strict=True):
             yield f"{name}\0{span.size}\0{span.mtime_ns if span.crc < 0 else span.crc}"
         if self.classes.labels is not None:
@@ -50,7 +55,7 @@ class Listing:
 
     def sample(self, count: int) -> list[str]:
         """The paths of up to `count` pictures, evenly spaced, that are files of their own."""
-        if self.spans[0].path in self.watched:
+        if self.scratch is not None or self.spans[0].path in self.watched:
             return []
         return [span.path for span in self.spans[:: -(-len(self.spans) // count)]]
 
@@ -103,6 +108,17 @@ def list_tar(root: Path, shards: Sequence[Path], *, limit: int = MAX_CLASSES) ->
     if not names:
         raise InputError(f"no picture in --data: {root} ({len(shards)} shards). Accepted extensions: {' '.join(EXTENSIONS)}.")
     return Listing(root, names, spans, classes, [str(shard) for shard in shards])
+
+
+def list_table(root: Path, table: tables.Table, columns: tables.Columns, watched: Sequence[str], cache: Path) -> Listing:
+    """Lists the pictures of a table, its rows, after copying them into the cache; see tables.py. Raises InputError."""
+    image, label = tables.chosen_columns(table, columns)
+    classes = Classes(None, None) if label is None else tables.read_classes(table, label)
+    packed = tables.pack(table, image, cache, entry_key(["pack", image, *stamps(watched)]))
+    if not packed.spans:
+        raise InputError(f"no picture in --data: {root} (0 rows). Give a table with rows.")
+    names = [f"row {row}" for row in range(len(packed.spans))]
+    return Listing(root, names, packed.spans, classes, watched, packed.folder, packed.identity)
 
 
 def _listing(root: Path, found: dict[str, Span], seen: int, watched: list[str], labels_file: Path | None, limit: int) -> Listing:
@@ -194,7 +210,8 @@ def _sorted_entries(folder: str) -> Iterable[os.DirEntry]:
 
 
 KINDS = (
-    "Give a folder or zip of pictures, an .npz or .npy, IDX files, CIFAR-10's batches, SVHN's .mat, tar shards (train-{000..146}.tar), "
+    "Give a folder or zip of pictures, an .npz or .npy, IDX files, a .parquet, CIFAR-10's batches, SVHN's .mat, "
+    "tar shards (train-{000..146}.tar), "
     f"or a built-in set: {', '.join(BUILT_IN)}."
 )
 
@@ -202,13 +219,14 @@ KINDS = (
 @dataclass(frozen=True)
 class Source:
     """What `--data` names, before it is read. files: what it was given as, for arrays the pictures and, where it lies apart, the file of
-    labels; a kind other than folder, zip and tar holds arrays."""
+    labels; a kind other than folder, zip, tar and table holds arrays. columns: of a table."""
 
     kind: str
     root: Path
     files: tuple[Path, ...]
     labels_file: Path | None
     limit: int
+    columns: tables.Columns = tables.FOUND
 
     @property
     def name(self) -> str:
@@ -217,21 +235,24 @@ class Source:
 
     @property
     def has_pictures(self) -> bool:
-        return self.kind in ("folder", "zip", "tar")
+        return self.kind in ("folder", "zip", "tar", "table")
 
     def key(self, resolution: int | None, channels: int | None) -> str:
         """The key by which the cache remembers what this source was at a resolution and number of channels."""
         form = resolution if channels is None else (resolution, channels)
-        return entry_key(["source", self.kind, *self.files, self.labels_file and self.labels_file.resolve(), self.limit, form])
+        options = [self.labels_file and self.labels_file.resolve(), self.limit, form]
+        return entry_key(["source", self.kind, *self.files, *options, *(self.columns if any(self.columns) else ())])
 
-    def listing(self) -> Listing:
-        """Lists the pictures; seconds for a million. Raises InputError."""
+    def listing(self, cache: Path) -> Listing:
+        """Lists the pictures; seconds for a million. cache: where those of a table are copied. Raises InputError."""
+        if self.kind == "table":
+            return list_table(self.root, tables.open_table(self.files), self.columns, list(map(str, self.files)), cache)
         if self.kind == "tar":
             return list_tar(self.root, self.files, limit=self.limit)
         return (list_zip if self.kind == "zip" else list_folder)(self.root, labels_file=self.labels_file, limit=self.limit)
 
 
-def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASSES) -> Source:
+def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASSES, columns: tables.Columns = tables.FOUND) -> Source:
     """Says what a path or pattern is, by its name and, for a folder, by what lies in it. Raises InputError for what is no data set."""
     path = Path(source)
     lower = path.name.lower()
@@ -239,10 +260,10 @@ def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASS
     if path.is_dir():
         kind, files = _kind_of_folder(path)
     elif path.is_file():
-        kinds = {".npz": "npz", ".npy": "npy", ".mat": "mat", ".zip": "zip", ".tar": "tar"}
+        kinds = {".npz": "npz", ".npy": "npy", ".mat": "mat", ".zip": "zip", ".tar": "tar", ".parquet": "table"}
         kind = "cifar" if lower.endswith((".tar.gz", ".tgz")) else "idx" if array_files.is_idx(lower) else kinds.get(path.suffix.lower())
-    elif lower.endswith(".tar") and any(c in source for c in "{*?["):
-        kind, files = "tar", tuple(tar_shards.expand(source))
+    elif lower.endswith((".tar", ".parquet")) and any(c in source for c in "{*?["):
+        kind, files = "tar" if lower.endswith(".tar") else "table", tuple(tar_shards.expand(source))
     if kind is None:
         what = "not a data set" if path.exists() else "no such file or folder"
         raise InputError(f"{what} in --data: {source}. {KINDS}{nearest(source, BUILT_IN)}")
@@ -253,13 +274,15 @@ def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASS
         files, labels_file = (*files, labels_file), None
     if labels_file is not None and kind not in ("folder", "zip"):
         raise InputError(f"a file of labels for a source that carries its own: {labels_file} with --data {source}. Leave it out.")
+    if any(columns) and kind != "table":
+        raise tables.no_columns(columns, source)
     # A file of arrays is read by its name, which the target of a link may not have.
-    files = tuple(file.resolve() if kind in ("folder", "zip", "tar") else file.absolute() for file in files)
-    return Source(kind, path, files, labels_file, limit)
+    files = tuple(file.resolve() if kind in ("folder", "zip", "tar", "table") else file.absolute() for file in files)
+    return Source(kind, path, files, labels_file, limit, columns)
 
 
 def _kind_of_folder(path: Path) -> tuple[str, tuple[Path, ...]]:
-    """cifar where it holds CIFAR-10's batches, idx where MNIST's files, tar where shards lie at its top and no pictures, else folder."""
+    """cifar, idx or table where it holds files of these kinds, tar where shards lie at its top and no pictures, else folder."""
     batches = cifar.files_of(path)
     if batches is not None:
         return "cifar", tuple(batches)
@@ -268,7 +291,15 @@ def _kind_of_folder(path: Path) -> tuple[str, tuple[Path, ...]]:
         images = array_files.idx_images(folder, inside)
         if images is not None:
             return "idx", (images,)
+    arrow = tables.arrow_folder(path, names)
+    if arrow is not None:
+        return "table", (arrow / "state.json", *sorted(arrow.glob("*.arrow")))
+    if any(map(_is_picture, names)):
+        return "folder", (path,)
+    for folder, inside in ((path, names), (path / "data", _names_in(path / "data") if "data" in names else [])):  # data: as on the hub
+        if any(name.lower().endswith(".parquet") for name in inside):
+            return "table", tables.parquet_files(folder, inside)
     shards = [name for name in names if name.lower().endswith(".tar")]
-    if shards and not any(map(_is_picture, names)):
+    if shards:
         return "tar", tuple(path / name for name in shards)
     return "folder", (path,)

@@ -177,6 +177,8 @@ class TrainConfig:
     init: str | None = None
     lpips_weights: str | None = None
     labels_file: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     precision: str = "auto"
     device: str = "auto"
     compile: str = "auto"

@@ -83,9 +83,30 @@ def svhn(root):
     return root / "train_32x32.mat"
 
 
+def animals():
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.fromarray(pixels) for pixels in random_pixels(6, 8, 8, 3)]
+    return datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 3}, features=features)
+
+
+def parquet_file(root):
+    animals().to_parquet(root / "animals.parquet")
+    return root / "animals.parquet"
+
+
+def saved_to_disk(root):
+    animals().save_to_disk(root / "animals")
+    return root / "animals"
+
+
 @pytest.mark.parametrize(
     ("make", "classes"),
     [
+        (parquet_file, ["cat", "dog"]),
+        (saved_to_disk, ["cat", "dog"]),
         (mnist_folder, ["0", "1"]),
         (npy_pair, ["0", "1", "2"]),
         (svhn, [str(digit) for digit in range(10)]),
