@@ -29,7 +29,7 @@ def no_decoding(monkeypatch):
 
     def forbid():
         monkeypatch.setattr(cache_building, "build", lambda *args, **options: pytest.fail("decoded again"))
-        monkeypatch.setattr("fastcm.data.sources.Source.listing", lambda self: pytest.fail("listed again"))
+        monkeypatch.setattr("fastcm.data.sources.Source.listing", lambda self, cache: pytest.fail("listed again"))
 
     return forbid
 
@@ -246,8 +246,8 @@ def test_picture_that_changes_while_it_is_decoded(tmp_path, monkeypatch):
     write_folder(tmp_path / "set", [(8, 8)] * 3)
     real = sources.Source.listing
 
-    def listing(self):
-        found = real(self)
+    def listing(self, cache):
+        found = real(self, cache)
         os.utime(tmp_path / "set" / "2.png", ns=(5, 5))
         return found
 

@@ -151,8 +151,18 @@ def test_a_model_of_transparent_pictures(tmp_path, capsys):
     assert main(["edit", "inpaint", str(out), *words, "--out", str(tmp_path / "edited.png")]) == 0
     edited = np.array(Image.open(tmp_path / "edited.png"))
     np.testing.assert_array_equal(edited[:, 4:], random_pixels(8, 8, 4)[:, 4:])
-    words = ["--data", str(source), "--seeds", "0-15", "--metrics", "fd", "--features", "judge", "--device", "cpu", "--steps", "1"]
-    assert main(["evaluate", str(out), *words]) == 0
+
+
+@pytest.mark.slow
+def test_transparent_pictures_are_measured_as_such(tmp_path):
+    """`fastcm evaluate` of an RGBA model reads its data with their opacity."""
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(8):
+            Image.fromarray(random_pixels(8, 8, 4, seed=index)).save(tmp_path / "set" / name / f"{index}.png")
+    assert main(["train", "--data", str(tmp_path / "set"), "--channels", "4", "--out", str(tmp_path / "run"), *TINY]) == 0
+    words = ["--data", str(tmp_path / "set"), "--seeds", "0-15", "--metrics", "fd", "--features", "judge", "--steps", "1"]
+    assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu", *words]) == 0
 
 
 def test_a_streamed_set_trains_as_a_cached_one(tmp_path, monkeypatch):
