@@ -69,7 +69,7 @@ soak: $(VENV)/installed
 # The installed layout as links, so that a Python in which nothing may be installed still finds fastcm.kernels.
 # PYTHONSAFEPATH keeps the checkout's own fastcm/, which lacks it, off the path; child processes inherit both.
 LAYOUT := build/layout
-GPU = PYTHONPATH="$(CURDIR)/$(LAYOUT)" PYTHONSAFEPATH=1 $(PYTHON)
+GPU = PYTHONPATH="$(CURDIR)/$(LAYOUT)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONSAFEPATH=1 $(PYTHON)
 
 gpu:
 	@case "$(STAGE)" in test|kernels|latency|train) ;; *) echo "make: unknown STAGE: $(STAGE). Choose test, kernels, latency or train." >&2; exit 2;; esac

@@ -7,7 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import settings
+
+try:
+    from hypothesis import settings
+except ImportError:  # beside a GPU it need not be there; the tests that use it are left out
+    settings = None
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, and inherited by child processes: workers that share the cores must not each take all of them.
@@ -15,8 +19,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 
-settings.register_profile("fastcm", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("fastcm")
+if settings is not None:
+    settings.register_profile("fastcm", deadline=None, derandomize=True, max_examples=50)
+    settings.load_profile("fastcm")
+if settings is None:
+    collect_ignore = ["data/test_data.py", "faults/test_faults_settings.py"]
+
+# The CUDA devices of tests/pretend_cuda.
+IS_PRETENDED = "pretended" in sys.modules or any(os.path.basename(path) == "pretend_cuda" for path in sys.path)
 
 
 def _guarded(connect):
@@ -50,9 +60,11 @@ def pytest_collection_modifyitems(items):
         return
     import torch  # a second, spared where no GPU test is asked for
 
-    if not torch.cuda.is_available():
-        for item in marked:
+    for item in marked:
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif IS_PRETENDED and (needed := item.get_closest_marker("hardware")):
+            item.add_marker(pytest.mark.skip(reason=f"on hardware alone: {needed.args[0]}"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,3 +79,16 @@ def fixed_seeds():
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def definitions_for_speed(request):
+    """On pretended devices kernels are interpreted, slowly: what does not test them takes their definitions."""
+    if not IS_PRETENDED or request.path.parent.name == "kernels":
+        yield
+        return
+    from fastcm import kernels
+
+    kernels.use("reference")
+    yield
+    kernels.use("auto")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fastcm.benchmarks.device_memory import free_memory
 from fastcm.benchmarks.interleaved import Limits, device_rounds, percentiles, rounded, rounds, speedup
 from fastcm.benchmarks.latency.backends import BACKENDS, Backend, Job, UnavailableError, build, plain, precision_of
 from fastcm.benchmarks.latency.floor import floor_row, profile_row
@@ -134,6 +135,7 @@ def identity(name: str, job: Job) -> Row:
 
 def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits) -> list[Row]:
     """Builds and checks the session's backends, times them in turns, and returns the rows of the `new` ones."""
+    free_memory(job.device)
     built, rows = {}, {name: identity(name, job) for name in session}
     expected = reference_images(job)
     for name in session:
@@ -156,8 +158,6 @@ def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits)
             rows[name] |= {"first_image_cold_s": rounded(cold), "first_image_warm_s": rounded(warm)}
     built.clear()
     torch.compiler.reset()
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
     return [row for name, row in rows.items() if name in new]
 
 

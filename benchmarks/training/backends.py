@@ -1,6 +1,7 @@
 """The training steps that bench.py compares: the same network, weights, data and batch."""
 
 import copy
+import gc
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -101,6 +102,7 @@ def build(name: str, job: Job, *, compiled: bool | None = None) -> Backend:
     before. Raises OutOfMemoryError where the batch did not fit in one pass.
     """
     network, cuda = job.model.network(), job.device.type == "cuda"
+    gc.collect()  # an earlier step's memory would count as given back during this one
     before = torch.cuda.memory_allocated() if cuda else 0
     began = time.perf_counter()
     if compiled is None:

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from fastcm.benchmarks.device_memory import free_memory
 from fastcm.benchmarks.interleaved import Limits, percentiles, rounded, rounds, speedup
 from fastcm.benchmarks.models import MODELS, Model, forward_flops, parameters
 from fastcm.benchmarks.options import add_options, names, one_line, sizes
@@ -167,6 +168,7 @@ def identity(name: str, job: Job) -> Row:
 
 def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits, ceiling: float | None) -> list[Row]:
     """Builds the session's backends, times blocks of steps in turns, then their parts, and returns the rows of the `new` ones."""
+    free_memory(job.device)
     built: dict[str, Backend] = {}
     rows = {name: identity(name, job) for name in session}
     for name in session:
@@ -204,8 +206,6 @@ def measure(job: Job, session: Sequence[str], new: Sequence[str], limit: Limits,
         for name in new:
             if name in ANCHORS and "error" not in rows[name]:  # in a process of its own: what one step frees, the next would find
                 rows[name] |= child.ask(job, name, seconds=None)
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
     return [row for name, row in rows.items() if name in new]
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from fastcm.benchmarks.device_memory import free_memory
 from fastcm.benchmarks.interleaved import Limits, percentiles, rounded, rounds
 from fastcm.benchmarks.models import MODELS, Model, parameters
 from fastcm.benchmarks.options import one_line
@@ -71,12 +72,16 @@ def measure_axis(axis: str, jobs: dict[int, Job], limit: Limits) -> list[Row]:
     """Steps of every value in turns; processes, which are children, one after the other."""
     rows = {value: scaling_identity(axis, value, job) | {"parameters": parameters(job.model)} for value, job in jobs.items()}
     built = {}
+    free_memory(next(iter(jobs.values())).device)
     for value, job in jobs.items():
         try:
             if axis == "processes":
                 rows[value] |= child.ask(job, "fastcm", seconds=limit.seconds / len(jobs), processes=value)
             else:
-                built[value] = build("fastcm", job).step
+                backend = build("fastcm", job)
+                built[value] = backend.step
+                if backend.is_recorded():  # what is replayed needs no compiled code any more, whose variants torch counts
+                    torch.compiler.reset()
         except Exception as error:  # the other values are measured all the same
             rows[value]["error"] = one_line(error)
 
@@ -119,16 +124,24 @@ def measure_memory(name: str, recomputed: bool, job: Job) -> Row:
     try:
         if job.device.type == "cpu":
             return {**row, "batch": job.batch, **child.ask(job, name, seconds=None)}
-        batch = largest(lambda batch: _peak(name, replace(job, batch=batch)) is not None, most=job.batch)
+        peaks = {}
+
+        def fits(batch: int) -> bool:
+            peaks[batch] = _peak(name, replace(job, batch=batch))
+            return peaks[batch] is not None
+
+        batch = largest(fits, most=job.batch)
+        if batch == 0:
+            return {**row, "error": "out of memory with one image"}
         total = torch.cuda.get_device_properties(job.device).total_memory
-        return {**row, "batch": batch, "peak_memory_gb": _peak(name, replace(job, batch=batch)), "device_memory_gb": rounded(total / 1e9)}
+        return {**row, "batch": batch, "peak_memory_gb": peaks[batch], "device_memory_gb": rounded(total / 1e9)}
     except Exception as error:
         return {**row, "error": one_line(error)}
 
 
 def _peak(name: str, job: Job) -> float | None:
     """Gigabytes of a step on CUDA; None where they are more than there are."""
-    torch.cuda.empty_cache()
+    free_memory(job.device)
     try:
         return rounded(build(name, job, compiled=False).peak_bytes / 1e9)
     except torch.OutOfMemoryError:

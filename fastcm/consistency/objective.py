@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     labels: Tensor | None  # [B] int64
     seed: Tensor  # [1] int64
     position: Tensor  # [B] int64
-    flip: Tensor | None = None  # [B] bool, mirrored where true
+    flip: Tensor | None = None  # [B] bool, mirrored where true: the trainer draws it by position
 
 
 def loss_weight(name: str, sigma_hi: Tensor, sigma_lo: Tensor, *, sigma_data: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcm.errors import InputError, nearest
+from fastcm.networks.compiled import compiled as for_training
 
 # (x, c_noise, labels, x_rate, c_noise_rate) -> (F, dF), both without gradient.
 NetworkTangent = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -23,9 +24,9 @@ def network_tangent(network: nn.Module, kind: str, *, step: float = 1e-3, compil
     """
     if kind == "jvp":
         run = _jvp(network)
-        return torch.compile(run) if compiled else run
+        return for_training(run, network) if compiled else run
     if kind == "finite-difference":
-        return _difference(torch.compile(network) if compiled else network, step)
+        return _difference(for_training(network, network) if compiled else network, step)
     raise InputError(f"unknown value in objective.tangent: {kind}. Use one of {', '.join(TANGENTS)}.{nearest(kind, TANGENTS)}")
 
 

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from fastcm.errors import InputError, nearest
+from fastcm.generation.cuda_graph import reason_of
 from fastcm.generation.frozen import FrozenLevel
 
 COMPILE = ("auto", "on", "off")
 # On the CPU without `freezing`, which packs the weights: code that holds them is not kept on disk (torch 2.13), and every process would
 # compile anew. On CUDA Inductor times its choices; the generator captures the graph itself.
 OPTIONS = {"cpu": {}, "cuda": {"max_autotune": True, "triton.cudagraphs": False}}
+# All levels of a process are one function to torch, which stops compiling it after eight variants, without a word: here that is an error.
+VARIANTS = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024, "fail_on_recompile_limit_hit": True}
 log = logging.getLogger("fastcm")
 _compiling = threading.Lock()
 
@@ -41,6 +44,10 @@ class CompiledLevel:
         """Whether all that has been run so far is compiled code."""
         return bool(self._runs) and self._level not in self._runs.values()
 
+    @property
+    def table_bytes(self) -> int:
+        return self._level.table_bytes
+
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         size = x.shape[0] if x.is_cuda else min(x.shape[0], 2)
         run = self._runs.get(size)
@@ -51,12 +58,12 @@ class CompiledLevel:
             if size not in self._runs:
                 try:
                     run = torch.compile(self._level, dynamic=not x.is_cuda and size > 1, options=OPTIONS[x.device.type])
-                    run(x, labels)
+                    with torch._dynamo.config.patch(VARIANTS):
+                        run(x, labels)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                    log.warning(f"torch.compile failed for sigma {self.sigma:g}: {reason}. Images are drawn without it.")
+                    log.warning(f"torch.compile failed for sigma {self.sigma:g}: {reason_of(error)}. Images are drawn without it.")
                     run = self._level
                 self._runs[size] = run
         return self._runs[size](x, labels)

@@ -68,6 +68,11 @@ class FrozenLevel(nn.Module):
         for name, value in coefficients._asdict().items():
             self.register_buffer(name, value)
 
+    @property
+    def table_bytes(self) -> int:
+        """What the level holds beside the network's weights, nearly."""
+        return 0 if self.table is None else self.table.rows.nbytes
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         given = labels if self.table is None else self.table(labels)
         F_x = self.network((expand(self.c_in, x) * x).to(working_dtype(self.network)), self.c_noise.expand(x.shape[0]), given)

@@ -14,7 +14,8 @@ from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError, RunError, nearest
 from fastcm.generation.compiled import CompiledLevel, chosen_compile
-from fastcm.generation.cuda_graph import CapturedBatch
+from fastcm.generation.cuda_choices import exact_fp32
+from fastcm.generation.cuda_graph import CapturedBatch, cause_of, reason_of
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
 from fastcm.generation.request import (
@@ -33,8 +34,9 @@ from fastcm.networks.inference import for_inference
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements of one batch at the image's resolution: beyond this a larger batch is no faster, and activations stay below about 1 GB.
 CPU_ELEMENTS, CUDA_ELEMENTS = 1 << 16, 1 << 21
-# Folded levels and captured graphs that are kept: a server's clients may ask for any noise levels.
-LEVELS_KEPT, GRAPHS_KEPT = 64, 64
+# Folded levels and captured graphs that are kept, those used last: a server's clients may ask for any noise levels. A level of a thousand
+# classes has a table of 100 MB.
+LEVELS_KEPT, LEVEL_BYTES_KEPT, GRAPHS_KEPT = 64, 1 << 30, 64
 log = logging.getLogger("fastcm")
 
 
@@ -93,7 +95,8 @@ class Generator(EditingTasks):
         self._worker = self._working_copy()
         self._frozen: dict[float, FrozenLevel | CompiledLevel] = {}
         self._graphs: dict[tuple, CapturedBatch | None] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        if self.device.type == "cuda":
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         self._lock = threading.Lock()
         elements = CUDA_ELEMENTS if self.device.type == "cuda" else CPU_ELEMENTS
         fitting = max(1, elements // (self.channels * self.resolution**2))
@@ -105,6 +108,8 @@ class Generator(EditingTasks):
             network = copy.deepcopy(network).to(dtype)
         # Convolutions work in this order on both devices; only what is copied to it and back is saved.
         network = network.to(memory_format=torch.channels_last)
+        if self.device.type == "cuda":
+            order_grey_weights(network)
         return for_inference(network) if self._compiles else network
 
     @property
@@ -118,12 +123,28 @@ class Generator(EditingTasks):
     def level(self, sigma: float) -> FrozenLevel | CompiledLevel:
         """The denoiser at one noise level, folded and in the working precision; kept for the next call."""
         with self._lock:
-            if sigma not in self._frozen:
-                if len(self._frozen) >= LEVELS_KEPT:
-                    del self._frozen[next(iter(self._frozen))]  # the oldest
-                level = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
-                self._frozen[sigma] = CompiledLevel(level) if self._compiles else level
-            return self._frozen[sigma]
+            level = self._frozen.pop(sigma, None)
+            if level is None:
+                with exact_fp32(self._is_exact):
+                    level = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
+                level = CompiledLevel(level) if self._compiles else level
+            self._frozen[sigma] = level  # as the one used last
+            while len(self._frozen) > LEVELS_KEPT or (len(self._frozen) > 1 and self._level_bytes() > LEVEL_BYTES_KEPT):
+                self._forget(next(iter(self._frozen)))
+            return level
+
+    def _level_bytes(self) -> int:
+        return sum(level.table_bytes for level in self._frozen.values())
+
+    def _forget(self, sigma: float) -> None:
+        """Drops a level, and the graphs that would keep its memory."""
+        del self._frozen[sigma]
+        for key in [key for key in self._graphs if key[0] == "consistency" and sigma in key[1]]:
+            del self._graphs[key]
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.device.type == "cuda" and self.precision == "fp32"
 
     def warm(self, batch_sizes: Iterable[int] = (1,), *, steps: int | None = None, sigmas=None) -> float:
         """Compiles, captures and allocates what calls of these sizes and noise levels need, by drawing one of each; returns the seconds."""
@@ -188,7 +209,7 @@ class Generator(EditingTasks):
         if sampler == "consistency":
             visited = self.sigmas(steps, sigmas)
             levels = [self.level(sigma) for sigma in visited]
-            return visited, lambda noise, labels: multistep(levels, noise, sigma_min=p.sigma_min, labels=labels)
+            return ("consistency", visited), lambda noise, labels: multistep(levels, noise, sigma_min=p.sigma_min, labels=labels)
         solve = teacher_sampler(sampler)
         if sigmas is not None:
             raise InputError(f"sigmas with a solver in --sampler: {sampler}. Give steps; the solver's grid follows from them.")
@@ -211,10 +232,11 @@ class Generator(EditingTasks):
 
         drawn = None
         if key is not None and self.device.type == "cuda":
-            drawn = self._replay((key, output == "float"), draw_images, seeds, labels)
+            drawn = self._replay((*key, output == "float"), draw_images, seeds, labels)
         if drawn is None:
             tensors = [None if array is None else torch.from_numpy(array.copy()).to(self.device) for array in (seeds, labels)]
-            drawn = [result.cpu().numpy() for result in draw_images(*tensors)]
+            with exact_fp32(self._is_exact):
+                drawn = [result.cpu().numpy() for result in draw_images(*tensors)]
         images, finite = drawn
         bad = seeds[~finite]
         if len(bad):
@@ -227,20 +249,27 @@ class Generator(EditingTasks):
         size = 1 << (len(seeds) - 1).bit_length()
         padded = [None if array is None else np.pad(array, (0, size - len(array)), mode="edge") for array in (seeds, labels)]
         with self._lock, torch.cuda.device(self.device):
-            if (*key, size) not in self._graphs:
-                if len(self._graphs) >= GRAPHS_KEPT:
-                    del self._graphs[next(iter(self._graphs))]
-                self._graphs[(*key, size)] = self._captured(draw_images, *padded)
-            graph = self._graphs[(*key, size)]
+            graph = self._graphs.pop((*key, size), None) if (*key, size) in self._graphs else self._captured(draw_images, *padded)
+            self._graphs[(*key, size)] = graph  # as the one used last
+            if len(self._graphs) > GRAPHS_KEPT:
+                del self._graphs[next(iter(self._graphs))]
             return graph and [output[: len(seeds)].copy() for output in graph(*padded)]
 
     def _captured(self, draw_images, seeds: np.ndarray, labels: np.ndarray | None) -> CapturedBatch | None:
         """None, and a line that says so, where CUDA refuses to capture what runs."""
         try:
-            return CapturedBatch(draw_images, seeds, labels, device=self.device, pool=self._pool)
-        except torch.OutOfMemoryError:
-            raise
+            with exact_fp32(self._is_exact):
+                return CapturedBatch(draw_images, seeds, labels, pool=self._pool, stream=self._stream)
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            log.warning(f"no CUDA graph for batches of {len(seeds)}: {reason}. Images are drawn without it.")
+            if isinstance(cause := cause_of(error), torch.OutOfMemoryError):
+                raise cause from None
+            log.warning(f"no CUDA graph for batches of {len(seeds)}: {reason_of(cause)}. Images are drawn without it.")
             return None
+
+
+def order_grey_weights(network: nn.Module) -> None:
+    """Gives weights of one input channel, which lie alike in both orders, channels-last strides: a convolution's result follows them."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4 and parameter.shape[1] == 1:
+            _, _, height, width = parameter.shape
+            parameter.data = parameter.data.contiguous().as_strided(parameter.shape, (height * width, 1, width, 1))

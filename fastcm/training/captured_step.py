@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcm import networks
 from fastcm.consistency.objective import Batch
+from fastcm.generation.cuda_graph import cause_of, recorded, warm_up
 
 # Steps before the recording, in which libraries choose algorithms and compilers compile: a recording must not see either.
 WARM_UP = 3
@@ -33,16 +34,12 @@ class CudaGraphs:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def run(self, work: Callable[[], None]) -> None:
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        with warm_up(self.stream):
             work()
-        current.wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # The thread that prepares batches goes on using CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with recorded(graph, pool=self.pool, stream=self.stream):
             work()
         return graph.replay
 
@@ -145,8 +142,7 @@ class CapturedStep:
         try:
             return self.graphs.record(work)
         except Exception as error:  # a compiler's, a library's or the memory's: the plain step needs none of what failed
-            while error.__context__ is not None:  # the end of a broken recording is an error too
-                error = error.__context__
+            error = cause_of(error)
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return None
 
@@ -156,11 +152,7 @@ class CapturedStep:
 
 
 def _varied(batch: Batch) -> Batch:
-    """Another batch of the same shapes: the images in another order, with other labels, other noise and other sides."""
+    """Another batch of the same shapes: the images in another order, with other labels, and with the noise and sides of other places."""
     return Batch(
-        batch.images.flip(0),
-        None if batch.labels is None else batch.labels.roll(1),
-        batch.seed,
-        batch.position + len(batch.position),
-        None if batch.flip is None else ~batch.flip,
+        batch.images.flip(0), None if batch.labels is None else batch.labels.roll(1), batch.seed, batch.position + len(batch.position)
     )

@@ -148,7 +148,6 @@ def _batch(trainer: Trainer) -> Batch:
         labels,
         trainer.seed,
         torch.zeros(config.batch, dtype=torch.int64, device=device),
-        torch.zeros(config.batch, dtype=torch.bool, device=device) if config.flip else None,
     )
 
 

@@ -34,11 +34,21 @@ class FlatOptimizer:
         self.target_low_precision = master.to(dtype) if low and target is not None else None
         self.gradient = torch.zeros(self.layout.size, dtype=dtype, device=master.device)
         self.total: Tensor | None = None
-        self.views = self.layout.views(self.low_precision if low else master)
-        attach(student, self.views, self.layout.views(self.gradient))
+        self.views, self.gradient_views = self.layout.views(self.low_precision if low else master), self.layout.views(self.gradient)
+        self._gathers, self._is_empty = False, True
+        attach(student, self.views, self.gradient_views)
         if target is not None:
             self.target_views = self.layout.views(self.target_low_precision if low else self.buffers["target"])
             attach(target, self.target_views)
+
+    def gather_gradients(self) -> None:
+        """From here on a backward pass leaves its gradients where it makes them, and `collect` copies all of them at once.
+
+        Into .grad that is preset autograd adds one parameter after the other: on CUDA hundreds of launches a step. Hooks of the backward
+        pass find no gradient in the flat buffer.
+        """
+        self._gathers = True
+        attach(self.student, self.views)
 
     def sum_in_fp32(self) -> None:
         """From here on several backward passes, or a scaled one, add up in fp32 where the modules' own dtype would round their sum."""
@@ -51,16 +61,38 @@ class FlatOptimizer:
         return self.gradient if self.total is None else self.total
 
     def zero_grad(self) -> None:
-        self.gradient.zero_()
+        self._is_empty = True
+        if self._gathers:
+            for parameter in self.student.parameters():
+                parameter.grad = None
+        else:
+            self.gradient.zero_()
         if self.total is not None:
             self.total.zero_()
 
     @torch.no_grad()
     def collect(self, part: slice = slice(None)) -> None:
         """After a backward pass: moves this part of its gradient to the fp32 sum, where there is one."""
+        if self._gathers:
+            self._gather()
         if self.total is not None:
             self.total[part].add_(self.gradient[part])
-            self.gradient[part].zero_()
+            if self._gathers:
+                self._is_empty = True
+            else:
+                self.gradient[part].zero_()
+
+    def _gather(self) -> None:
+        """Moves the parameters' gradients to their places in the flat one: instead of what is there, or to be added to it."""
+        parameters = list(self.student.parameters())
+        found = [(view, p.grad) for view, p in zip(self.gradient_views, parameters, strict=True) if p.grad is not None]
+        if found:
+            (torch._foreach_copy_ if self._is_empty else torch._foreach_add_)(*map(list, zip(*found, strict=True)))
+        for view, parameter in zip(self.gradient_views, parameters, strict=True):
+            if parameter.grad is None and self._is_empty:
+                view.zero_()
+            parameter.grad = None
+        self._is_empty = False
 
     def gradient_norm(self) -> Tensor:
         """The collected gradient's L2 norm, [1] fp32; not finite where any element is not."""

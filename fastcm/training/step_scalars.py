@@ -23,6 +23,6 @@ class StepScalars:
         self.lr.fill_(values.lr)
         self.mu.fill_(values.mu)
         for index, decay in enumerate(values.ema_decays):
-            self.ema_decays[index] = decay
+            self.ema_decays[index].fill_(decay)  # assigning a number copies it from the host, which waits for the device
         self.steps.fill_(values.steps)
         self.tangent_warmup.fill_(values.tangent_warmup)

@@ -1,7 +1,9 @@
 """The trainer: one `train_step` that reads as the paper's algorithm, and the loop that repeats it."""
 
+import contextlib
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ from fastcm.consistency.objective import Batch
 from fastcm.data.dataset import Dataset
 from fastcm.data.prefetch import batches
 from fastcm.errors import RunError
+from fastcm.generation.cuda_choices import exact_fp32
+from fastcm.networks.compiled import compiled as for_training
 from fastcm.training.captured_step import CapturedStep, graphs_for
 from fastcm.training.config import TrainConfig
 from fastcm.training.gradient_reduction import GradientReduction
@@ -71,10 +75,10 @@ class Trainer:
         self.share = self.processes.share(config.batch)
         self.total_nimg = round(config.duration_kimg * 1000)
         self.optimizer = FlatOptimizer(network, target_network, config.optimizer, dtype=DTYPES[precision])
-        self.student = Denoiser(torch.compile(network) if compiled else network, config.noise)
+        self.student = Denoiser(for_training(network, network) if compiled else network, config.noise)
         self.target = self.student
         if target_network is not None:
-            self.target = Denoiser(torch.compile(target_network) if compiled else target_network, config.noise)
+            self.target = Denoiser(for_training(target_network, target_network) if compiled else target_network, config.noise)
         with device:  # what the loss learns is made there
             self.method_loss = MethodLoss(
                 config,
@@ -91,6 +95,10 @@ class Trainer:
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.set_microbatch(min(config.microbatch or self.share, self.share))
         self.reduction = GradientReduction(list(self.optimizers.values()), self.processes) if self.processes.size > 1 else None
+        if device.type == "cuda" and self.reduction is None:
+            for optimizer in self.optimizers.values():
+                optimizer.gather_gradients()
+        self._is_exact = device.type == "cuda" and precision == "fp32"
         self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
         self.step, self.nimg = 0, 0
         self._batches = None  # from the first step on; see prefetch.batches
@@ -101,7 +109,11 @@ class Trainer:
         # Gradients of several processes leave during the backward pass, fp16 follows its scale: both are untried in a recording.
         recordable = compiled and self.processes.size == 1 and self.loss_scale is None
         graphs = graphs_for(device, network) if recordable else None
-        self.work = CapturedStep(self._passes, self._update, check=lambda: torch.stack((self.loss, *self._norm())), graphs=graphs)
+        # Not the trainer itself: in a cycle it would keep its memory on the device until Python looks for cycles.
+        own = weakref.proxy(self)
+        self.work = CapturedStep(
+            lambda batch: own._passes(batch), lambda: own._update(), check=lambda: torch.stack((own.loss, *own._norm())), graphs=graphs
+        )
 
     def set_microbatch(self, images: int) -> None:
         """Takes this many images at a time. Gradients that several passes give, or a scaled one, are summed in fp32."""
@@ -117,11 +129,12 @@ class Trainer:
         images, labels, position = self._batches.batch(self.nimg + self.processes.rank * self.share)
         images, position = images.to(self.device, non_blocking=True), position.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        flip = kernels.uniform(self.seed, position, stream=FLIP_STREAM) < 0.5 if self.config.flip else None
-        return Batch(images, labels, self.seed, position, flip)
+        return Batch(images, labels, self.seed, position)
 
     def losses(self, batch: Batch) -> Tensor:
         """The configured method's loss of each sample, as its part of the batch's mean and times the loss scale: [B] fp32."""
+        if self.config.flip:
+            batch = batch._replace(flip=kernels.uniform(batch.seed, batch.position, stream=FLIP_STREAM) < 0.5)
         factor = self.share_of_batch if self.loss_scale is None else self.share_of_batch * self.loss_scale.value
         return self.method_loss(batch, self.scalars, factor)
 
@@ -129,8 +142,9 @@ class Trainer:
         """Algorithms 2 and 3 of Consistency Models: draw images, noise and a pair of levels; descend; update target and averages."""
         values = step_values(self.config, self.nimg)
         self.scalars.set(values)
-        self._descend()
-        self.work.update()
+        with exact_fp32(self._is_exact):
+            self._descend()
+            self.work.update()
         self.step += 1
         self.nimg += self.config.batch
         return values
@@ -161,7 +175,10 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
         if self.device.type == "cuda":  # after the handler, which holds the failed pass's tensors
-            torch.cuda.empty_cache()
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()  # of the failed pass
+            with contextlib.suppress(RuntimeError):  # of an allocator that a failed recording has left broken: a help, not a need
+                torch.cuda.empty_cache()
         return False
 
     def _passes(self, batch: Batch) -> None:
@@ -306,8 +323,7 @@ class Trainer:
 def piece(batch: Batch, start: int, images: int) -> Batch:
     """Some of a batch's images with what belongs to them."""
     part = slice(start, start + images)
-    labels, flip = (None if tensor is None else tensor[part] for tensor in (batch.labels, batch.flip))
-    return Batch(batch.images[part], labels, batch.seed, batch.position[part], flip)
+    return Batch(batch.images[part], None if batch.labels is None else batch.labels[part], batch.seed, batch.position[part])
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -231,6 +231,23 @@ def test_the_largest_batch_is_found_to_an_eighth(room):
     assert found <= room and (found >= min(room, 4096) * 7 / 8 or room == 0) and len(tried) < 20
 
 
+def test_memory_at_the_edge_is_that_of_the_try_that_fitted(monkeypatch, capsys):
+    tries = []
+
+    def peak(name, job):
+        tries.append(job.batch)
+        return 1.5 * job.batch if job.batch <= 5 and tries.count(job.batch) == 1 else None
+
+    monkeypatch.setattr(train_growth, "_peak", peak)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8e9))
+    job = train_backends.Job(MODELS["digits"], 64, torch.device("cuda"), "bf16", "bf16")
+    row = train_growth.measure_memory("fastcm", False, job)
+    assert (row["batch"], row["peak_memory_gb"], row["device_memory_gb"]) == (5, 7.5, 8.0) and "7.5 GB" in bench_train.growth_line(row)
+    monkeypatch.setattr(train_growth, "_peak", lambda name, job: None)
+    row = train_growth.measure_memory("fastcm", False, job)
+    assert bench_train.growth_line(row).endswith("failed: out of memory with one image")
+
+
 @pytest.mark.slow
 def test_children_measure_memory_and_several_processes():
     job = train_backends.Job(MODELS["digits"], 16, CPU, "fp32", "fp32")

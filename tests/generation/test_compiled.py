@@ -97,6 +97,22 @@ def test_choices_are_checked(tmp_path, compilations):
     assert cli.main(["serve", str(graph), "--compile", "on"]) == 2
 
 
+def test_every_level_of_a_process_is_compiled(monkeypatch):
+    """torch gives up on a function after eight variants, of which each level of each generator is one."""
+    compile, pieces = torch.compile, []
+
+    def counted(level, *, dynamic, options):
+        return compile(level, dynamic=dynamic, backend=lambda module, inputs: pieces.append(module) or module.forward)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    torch.compiler.reset()
+    ours = generator()
+    sigmas = [80.0 / 2**number for number in range(10)]
+    ours([0], sigmas=sigmas)
+    assert all(ours.level(sigma).compiled for sigma in sigmas) and len(pieces) >= len(sigmas)
+    torch.compiler.reset()
+
+
 @pytest.mark.slow
 def test_compiled_images_are_the_same():
     ours, eager = generator(), generator("off")

@@ -259,6 +259,33 @@ def test_the_batch_is_a_power_of_two_that_fits():
         assert Generator(gaussian_consistency(), info, device="cpu").batch_size == size
 
 
+def test_what_was_used_last_is_kept(monkeypatch):
+    monkeypatch.setattr(generator_module, "LEVELS_KEPT", 3)
+    generator = small_generator()
+    for sigma in (80.0, 1.0, 2.0, 80.0, 3.0, 80.0, 4.0):
+        generator([0], sigmas=(80.0, sigma) if sigma < 80 else None)
+    assert list(generator._frozen) == [3.0, 80.0, 4.0]
+    table = generator.level(80.0).table_bytes
+    assert table == 4 * generator.level(80.0).table.rows.numel() > 0
+    monkeypatch.setattr(generator_module, "LEVEL_BYTES_KEPT", 2 * table)
+    generator.level(5.0)
+    assert list(generator._frozen) == [80.0, 5.0]
+    monkeypatch.setattr(generator_module, "LEVEL_BYTES_KEPT", 1)
+    assert generator.level(6.0) is generator.level(6.0) and list(generator._frozen) == [6.0]
+
+
+def test_convolutions_of_grey_images_are_channels_last():
+    network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 4, 3)).to(memory_format=torch.channels_last)
+    weights = [parameter.clone() for parameter in network.parameters()]
+    x = torch.randn(2, 1, 8, 8)
+    expected = network(x)
+    generator_module.order_grey_weights(network)
+    assert all(torch.equal(a, b) for a, b in zip(weights, network.parameters(), strict=True))
+    assert network[0].weight.stride() == (9, 1, 3, 1)
+    torch.testing.assert_close(network(x), expected)
+    assert network[0](x).is_contiguous(memory_format=torch.channels_last) and not network[0](x).is_contiguous()
+
+
 def test_device_and_precision_are_checked():
     with pytest.raises(InputError, match="unknown device in --device: gpu"):
         Generator(small_denoiser(), {}, device="gpu")

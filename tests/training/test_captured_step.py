@@ -1,5 +1,8 @@
 """Recorded steps: the bits of plain ones, also when N, rates and decays change; what does not agree or does not record is left alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from recorded_steps import record_steps
@@ -7,12 +10,12 @@ from test_microbatches import trainer
 from torch.profiler import ProfilerActivity, profile
 from training_runs import run_out_of_memory
 
-from fastcm import networks, presets
+from fastcm import kernels, networks, presets
 from fastcm.data.dataset import open_dataset
 from fastcm.kernels import philox
 from fastcm.training.captured_step import WARM_UP, CapturedStep, CudaGraphs, graphs_for
 from fastcm.training.run import build_network, target_of
-from fastcm.training.trainer import Trainer
+from fastcm.training.trainer import FLIP_STREAM, Trainer, piece
 
 # N grows from 2 to 12 over the twenty steps, mu with it; the learning rate falls and the averages' half-life rises.
 CHANGING = {"objective.curriculum": "progressive", "objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32}
@@ -139,6 +142,28 @@ def test_a_batch_of_another_shape_goes_its_own_way():
     work.gradients(whole._replace(images=whole.images[:3]))
     work.gradients(whole._replace(images=whole.images.float()))
     assert seen == [16, 3, 16] and made.work.graphs.events == ["run"]
+
+
+def test_a_trainer_is_in_no_cycle():
+    """On a device its memory would stay until Python looks for cycles."""
+    made = trainer()
+    steps(made, 1)
+    gone = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_batch_in_pieces_is_mirrored_as_the_whole():
+    made, seen = trainer(microbatch=5), []
+    made.method_loss = lambda batch, scalars, factor: seen.append(batch.flip) or made.loss.expand(len(batch.images))
+    for start in (0, 5, 10, 15):
+        made.losses(piece(made.next_batch(), start, 5))
+    whole = kernels.uniform(made.seed, made.next_batch().position, stream=FLIP_STREAM) < 0.5
+    assert torch.equal(torch.cat(seen), whole) and 0 < whole.sum() < 16
 
 
 def test_other_peoples_networks_are_not_recorded(monkeypatch):

@@ -56,6 +56,28 @@ def test_a_hundred_steps_are_those_of_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_gathered_gradients_are_the_preset_ones(dtype, passes):
+    made = []
+    for gathers in (False, True):
+        module = network().to(dtype)
+        module.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=dtype)))
+        optimizer = FlatOptimizer(module, None, config(), dtype=dtype)
+        if passes > 1:
+            optimizer.sum_in_fp32()
+        if gathers:
+            optimizer.gather_gradients()
+            optimizer.gradient.fill_(7)  # of a step before
+        optimizer.zero_grad()
+        for i in range(passes):
+            loss_of(module, i).backward()
+            optimizer.collect()
+        assert not gathers or all(parameter.grad is None for parameter in module.parameters())
+        made.append(optimizer.layout.views(optimizer.collected))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and made[0][1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resumed_midway_is_bit_equal_and_named_as_the_module_is(dtype):
     def started():
         student, target = network().to(dtype), network().to(dtype)
