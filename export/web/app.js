@@ -15,7 +15,7 @@ function checked(input) {
     seedWords(input.value);
     input.setCustomValidity("");
   } catch {
-    input.setCustomValidity("A whole number from -2^63 to 2^63 - 1");
+    input.setCustomValidity("A whole number from -2^63 to 2^64 - 1");
   }
   input.classList.toggle("wrong", !input.validity.valid);
   return input.validity.valid;

@@ -26,9 +26,9 @@ export function philoxWords(counter, key) {
   return [c0, c1, c2, c3];
 }
 
-// The two words [low, high] of a seed's decimal text, -2^63 to 2^63 - 1 in two's complement; RangeError for any other text.
+// The two words [low, high] of a seed's decimal text, -2^63 to 2^64 - 1, negative ones in two's complement; RangeError for any other text.
 export function seedWords(text) {
-  const match = /^\s*([+-]?)0*(\d{1,19})\s*$/.exec(text);
+  const match = /^\s*([+-]?)0*(\d{1,20})\s*$/.exec(text);
   if (!match) throw new RangeError(`not a whole number of 64 bits: ${text}`);
   let low = 0, high = 0;
   for (const digit of match[2]) {
@@ -37,7 +37,7 @@ export function seedWords(text) {
     high = high * 10 + Math.floor(product / 0x100000000);
   }
   const negative = match[1] === "-";
-  const fits = high < 0x80000000 || (negative && high === 0x80000000 && low === 0);
+  const fits = negative ? high < 0x80000000 || (high === 0x80000000 && low === 0) : high < 0x100000000;
   if (!fits) throw new RangeError(`not a whole number of 64 bits: ${text}`);
   if (!negative) return [low, high];
   const low2 = (~low + 1) >>> 0;

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastcm.cli.sample import number_list, seed_list
+from fastcm.cli.sample import label_list, number_list, seed_list
 from fastcm.errors import ARRAY_FILE_ERRORS, InputError
 
 TASKS = {
@@ -45,7 +45,8 @@ def add(subparsers) -> None:
     parser.add_argument("--sigma", metavar="S", type=float, help="denoise: the noise, in [-1, 1] units; stroke: the first level (5.38)")
     parser.add_argument("--sigmas", metavar="LIST", type=number_list("--sigmas"), help="the levels to visit (default: the paper's grid)")
     parser.add_argument("--frames", metavar="N", type=int, help="interpolate: pictures on the way (default: 16)")
-    parser.add_argument("--labels", metavar="LIST", help="classes by number or name; omitted: seed mod classes")
+    classes = "classes by number or name, quoted as in CSV; omitted: seed mod classes"
+    parser.add_argument("--labels", metavar="LIST", type=label_list, help=classes)
     parser.add_argument("--seeds", metavar="LIST", type=seed_list, help="one picture each (default: 0; interpolate: 0,1)")
     parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
@@ -75,11 +76,10 @@ def run(args: argparse.Namespace) -> int:
     if not hasattr(generator, args.task):
         other = f"Export it with --task {args.task}, or edit" if args.task in ("inpaint", "superres") else "Edit"
         raise InputError(f"no {args.task} in an exported graph in MODEL: {args.model}. {other} with the folder that it was exported from.")
-    labels = None if args.labels is None else args.labels.split(",")
     if args.task == "interpolate":
-        return interpolate(args, generator, labels, out)
-    shown, images = edited(args, generator, labels)
-    return write(args, generator, labels, out, shown, images)
+        return interpolate(args, generator, args.labels, out)
+    shown, images = edited(args, generator, args.labels)
+    return write(args, generator, args.labels, out, shown, images)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -231,10 +231,10 @@ def write(args: argparse.Namespace, generator, labels, out: Path, shown: dict, i
     import numpy as np
 
     from fastcm.generation import pictures
-    from fastcm.generation.request import label_array
+    from fastcm.generation.request import label_array, seed_array
 
     seeds = args.seeds or [0]
-    classes = label_array(labels, np.array(seeds), generator.classes)
+    classes = label_array(labels, seed_array(seeds), generator.classes)
     told = None if args.task == "denoise" else seeds  # denoise draws nothing
     for index, image in enumerate(images):
         name = out if len(images) == 1 else out.with_name(f"{out.stem}-{seeds[index]}{out.suffix}")
@@ -256,12 +256,12 @@ def interpolate(args: argparse.Namespace, generator, labels, out: Path) -> int:
 
     from fastcm.generation import pictures
     from fastcm.generation.editing_tasks import FRAMES
-    from fastcm.generation.request import label_array
+    from fastcm.generation.request import label_array, seed_array
 
     seeds = args.seeds or [0, 1]
     count = FRAMES if args.frames is None else args.frames
     images = generator.interpolate(seeds, labels, frames=count)
-    text = facts(args, seeds, label_array(None, np.array(seeds[:1]), generator.classes) if labels is None else labels)
+    text = facts(args, seeds, label_array(labels, seed_array(seeds[:1]), generator.classes))
     pictures.save_png(out, pictures.to_pil(np.concatenate(list(images), axis=1)), text=text)
     # A frame that is a seed's own picture says so; the frames are evenly spaced.
     places = [index * (len(seeds) - 1) / (count - 1) for index in range(count)]

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def check_options(args: argparse.Namespace) -> None:
     """What is wrong whatever the model."""
     from fastcm.evaluation import METRICS, protocol
+    from fastcm.generation.request import SEED_RANGE
 
     protocol.check_metrics(args.metrics or METRICS, labels=())
     if args.data is None and args.reference is None:
@@ -93,6 +94,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"no such folder for --{option.replace('_', '-')}: {path.absolute().parent}. Create it first.")
     if args.report is not None and args.report.exists() and not args.report.is_dir():
         raise InputError(f"not a folder in --report: {args.report}. Name a folder.")
+    if args.judge_seed not in SEED_RANGE:
+        raise InputError(f"illegal value in --judge-seed: {args.judge_seed}. Give a whole number of 64 bits.")
     if args.save and args.search_steps is None:
         raise InputError("nothing to save in --save: no levels were searched. Give --search-steps K as well.")
     if args.search_grid is not None and args.search_steps is None:

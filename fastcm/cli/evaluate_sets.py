@@ -56,9 +56,7 @@ def read_samples(args: argparse.Namespace) -> Measured:
     dataset = None if args.data is None else open_dataset(args.data, resolution=found.resolution, **data_options(args, found.channels))
     if dataset is not None:
         if found.labels is not None and dataset.class_names:
-            # Files made by `fastcm sample` hold the numbers of the classes, folders hold their names.
-            names = len(dataset.class_names) if path.suffix.lower() == ".npz" else dataset.class_names
-            found = open_dataset(path, classes=names)
+            found = open_dataset(path, classes=dataset.class_names)
         check_shape(path.name, found.images.shape[1:], dataset.images.shape[1:])
     facts = {"samples": f"{len(found):,} images of {path}", "samples_fingerprint": found.fingerprint}
     return Measured(dataset, [Samples(path.name, found.images, found.labels)], facts, held_out_rows(None, dataset))

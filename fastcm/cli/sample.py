@@ -1,6 +1,7 @@
 """`fastcm sample`: pictures of given seeds from a model or an exported file."""
 
 import argparse
+import csv
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ def add(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an .onnx, an OpenAI .pt or an EDM .pkl")
     seeds = f"as 0-63, or 1,5,9-12 (default: {DEFAULT_SEEDS}; in a report by class {REPORT_SEEDS})"
     parser.add_argument("--seeds", type=seed_list, metavar="LIST", help=seeds)
-    parser.add_argument("--labels", metavar="LIST", help="classes, cycled over the seeds; all crosses them; omitted: seed mod classes")
+    classes = "classes by number or name, quoted as in CSV, cycled over the seeds; all crosses them; omitted: seed mod classes"
+    parser.add_argument("--labels", metavar="LIST", type=label_list, help=classes)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--steps", type=int, metavar="K", help="network calls per picture (default: 1)")
     levels = "the noise levels to visit, from high to low, as 80,0.8"
@@ -78,13 +80,23 @@ def timestep_list(text: str) -> list[int]:
         raise InputError(f"not a list of whole numbers in --timesteps: {text}. Write it as 0,22,39, with --grid 40.") from None
 
 
-def crossed(seeds: list[int], labels: str | None, classes: list[str] | None) -> tuple[list[int], list[str] | None]:
+def label_list(text: str) -> list[str]:
+    """Names or numbers of `cat,"big, dog",3`; quotes as in CSV."""
+    try:
+        rows = list(csv.reader([text], strict=True, skipinitialspace=True))
+    except csv.Error as error:
+        remedy = "Quote a name that has a comma or a quote, as in CSV."
+        raise InputError(f"not a list of classes in --labels: {text} ({error}). {remedy}") from None
+    if len(rows) != 1 or "" in rows[0]:
+        raise InputError(f"an empty class in --labels: {text}. Write it as 3, 0,1,2 or cat,dog.")
+    return rows[0]
+
+
+def crossed(seeds: list[int], labels: list | None, classes: list[str] | None) -> tuple[list[int], list | None]:
     """Seeds and labels of the pictures: `all` gives every seed in every class, a list is left to the generator to cycle."""
-    if labels is None:
-        return seeds, None
-    if labels == "all" and classes:
-        return [seed for seed in seeds for _ in classes], [str(number) for number in range(len(classes))] * len(seeds)
-    return seeds, labels.split(",")
+    if labels == ["all"] and classes:
+        return [seed for seed in seeds for _ in classes], list(range(len(classes))) * len(seeds)
+    return seeds, labels
 
 
 def output_path(out: str | None, model: Path, *, report: bool) -> tuple[str, Path]:
@@ -103,6 +115,7 @@ def output_path(out: str | None, model: Path, *, report: bool) -> tuple[str, Pat
 
 def run(args: argparse.Namespace) -> int:
     from fastcm import api
+    from fastcm.generation.lettering import class_caption
 
     kind, out = output_path(args.out, Path(args.model), report=args.report)
     if args.grid is not None and args.timesteps is None:
@@ -110,9 +123,9 @@ def run(args: argparse.Namespace) -> int:
     if args.churn is not None and api.resolve_model(args.model)[0] in ("onnx", "aot"):
         raise InputError(f"a solver's option for an exported graph in --churn: {args.model}. Use the folder that it was exported from.")
     generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
-    by_class = args.report and args.labels in (None, "all") and 0 < len(generator.classes or ()) <= MOST_COLUMNS
+    by_class = args.report and args.labels in (None, ["all"]) and 0 < len(generator.classes or ()) <= MOST_COLUMNS
     seeds = args.seeds or seed_list(REPORT_SEEDS if by_class else DEFAULT_SEEDS)
-    drawn, labels = crossed(seeds, "all" if by_class else args.labels, generator.classes)
+    drawn, labels = crossed(seeds, ["all"] if by_class else args.labels, generator.classes)
     if kind == "png" and len(drawn) > MOST_IN_A_GRID:
         raise InputError(f"too many pictures for one PNG in --out: {len(drawn)}. Write x.npz or a folder.")
     options = how(args, generator)
@@ -125,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
         if args.report:
             names["title"] = f"{facts['fastcm:model']}: {facts['fastcm:sampler']}, {generator.provider}, {generator.precision}"
         if by_class:
-            names |= {"column_names": generator.classes, "row_names": [f"seed {seed}" for seed in seeds]}
+            columns_of = [class_caption(name, number) for number, name in enumerate(generator.classes)]
+            names |= {"column_names": columns_of, "row_names": [f"seed {seed}" for seed in seeds]}
         write_grid(out, batches, len(drawn), generator, columns=columns, names=names, captioned=args.report and not by_class, facts=facts)
     elif kind == "npz":
         write_npz(out, batches, drawn, labels, generator)
@@ -176,12 +190,13 @@ def write_grid(out: Path, batches, total: int, generator, *, columns: int | None
     import numpy as np
 
     from fastcm.generation import pictures
+    from fastcm.generation.lettering import class_caption
 
     parts = list(shown(batches, total))
     seeds, images = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
     labels = None if parts[0][1] is None else np.concatenate([part[1] for part in parts])
     if captioned:
-        classes = [""] * total if labels is None else [f": {generator.classes[label]}" for label in labels]
+        classes = [""] * total if labels is None else [f": {class_caption(generator.classes[label], label)}" for label in labels]
         names = {**names, "captions": [f"{seed}{name}" for seed, name in zip(seeds, classes, strict=True)]}
     text = {**facts, "fastcm:seeds": _joined(seeds), **({} if labels is None else {"fastcm:labels": _joined(labels)})}
     pictures.save_png(out, pictures.grid(images, columns=columns, **names), text=text)

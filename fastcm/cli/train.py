@@ -10,7 +10,7 @@ from pathlib import Path
 from fastcm.errors import InputError
 
 KIMG = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)(img|kimg|mimg)?", re.IGNORECASE)
-SCHEDULE_ROWS = 8
+SCHEDULE_ROWS, SHOWN_CLASSES = 8, 12
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
 
 
@@ -157,16 +157,34 @@ def changes(args: argparse.Namespace) -> dict:
 
 
 def print_plan(ready) -> None:
-    """What was chosen, in three lines."""
+    """What was chosen, in a few lines."""
     config, dataset = ready.config, ready.dataset
     if dataset is not None:
-        classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ", no classes"
+        classes = f", {len(dataset.class_names):,} classes" if dataset.class_names else ", no classes"
         print(f"data     {config.data}: {len(dataset):,} pictures, {dataset.channels}x{dataset.resolution}x{dataset.resolution}{classes}")
+        for line in [*dataset.notes, *class_lines(dataset)]:
+            print(f"         {line}")
     optimizer = f"{config.optimizer.kind} {config.optimizer.lr:g}"
     print(f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {optimizer}")
     network = {name: value for name, value in config.network.items() if name not in ("in_channels", "out_channels")}
     print(f"network  {' '.join(f'{name}={value}' for name, value in network.items())}")
     print(f"out      {ready.out}", flush=True)
+
+
+def class_lines(dataset) -> list[str]:
+    """How many pictures each class has, and which classes have none."""
+    from fastcm.weights.class_names import listed
+
+    if not dataset.class_names:
+        return []
+    names, counts = dataset.class_names, dataset.class_counts().tolist()
+    full = [count for count in counts if count]
+    if len(full) <= SHOWN_CLASSES:
+        lines = [", ".join(f"{listed([name])} {count:,}" for name, count in zip(names, counts, strict=True) if count)]
+    else:
+        lines = [f"{min(full):,} to {max(full):,} pictures a class"]
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    return [*lines, *([f"no picture of {len(empty):,} classes: {listed(empty)}"] if empty else [])]
 
 
 def print_schedule(config) -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastcm.data.labels import MAX_CLASSES, check_labels, numbered
+from fastcm.data.labels import MAX_CLASSES, check_labels
 from fastcm.errors import InputError
+from fastcm.weights.class_names import check_names
 from fastcm.weights.safe_unpickle import load_arrays
 
 FOLDER = "cifar-10-batches-py"
@@ -23,7 +24,7 @@ class Cifar(NamedTuple):
 
     pixels: tuple[np.ndarray, ...]
     labels: np.ndarray
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] | None
 
     @property
     def images_shape(self) -> tuple[int, int, int, int]:
@@ -52,12 +53,12 @@ def open_cifar(path: Path) -> Cifar:
         raise InputError(f"no CIFAR-10 in --data: {path} (it lacks {', '.join(missing)}). Give {FOLDER} or cifar-10-python.tar.gz, whole.")
     pixels, labels = zip(*(_batch(contents[name], f"{path}: {name}") for name in BATCHES), strict=True)
     labels = np.concatenate(labels)
-    names = numbered(labels)
+    names = None
     if META in contents:
         meta = _unpickled(contents[META], f"{path}: {META}")
         written = meta.get("label_names") if isinstance(meta, dict) else None
-        if isinstance(written, list) and len(written) >= len(names) and all(isinstance(name, str) for name in written):
-            names = tuple(written)
+        if isinstance(written, list) and len(written) > labels.max():
+            names = check_names(written, f"--data: {path}: {META}")
     return Cifar(pixels, labels, names)
 
 

@@ -22,6 +22,7 @@ from fastcm.data.sources import BUILT_IN, Listing, Source, find
 from fastcm.data.tables import Columns, no_columns
 from fastcm.errors import InputError, nearest
 from fastcm.generation.pictures import MODES, to_pil
+from fastcm.weights.class_names import by_name, listed
 
 BLOCK = 256  # pictures of an array file read between two writes
 IN_MEMORY_BYTES = 64 << 20  # arrays below this are read at once; above, they go through the memory-mapped cache
@@ -41,7 +42,8 @@ class Dataset:
     images: uint8 [N, C, H, W], a read-only memory-map when it comes from a cache, a StreamedImages where none fits on the disk; labels:
     int64 [N] or None; class_names: one per class or None; fingerprint: sha256 over pixels, labels and class names, the same wherever
     the data lies (streamed: over names, times and sizes instead of pixels); skipped: unreadable files; held_out: how many pictures at
-    the end are kept from training, to measure against.
+    the end are kept from training, to measure against; has_numbers: the classes came as numbers, which are their names; notes: lines to
+    show before training.
     """
 
     images: np.ndarray
@@ -51,6 +53,8 @@ class Dataset:
     fingerprint: str
     skipped: int = 0
     held_out: int = 0
+    has_numbers: bool = False
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,7 +111,11 @@ class Dataset:
             images = self.images.view(rows)
         else:
             images = self.images[index if isinstance(index, slice) else rows]
-        return Dataset(images, labels, self.class_names, self.name, digest, self.skipped)
+        return replace(self, images=images, labels=labels, fingerprint=digest, held_out=0)
+
+    def class_counts(self) -> np.ndarray:
+        """How many pictures each class has, int64 [classes]."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
 
 
 def open_dataset(
@@ -184,7 +192,7 @@ def _from_pictures(source: Source, resolution: int | None, channels: int | None,
     """A folder, zip or tar shards: the entry of the last time where nothing changed, else listed, and decoded or streamed once."""
     root, name = source.root, source.name
     key = source.key(resolution, channels)
-    known, changed = image_cache.recall(cache, key)
+    known, notes, changed = image_cache.recall(cache, key)
     opened = None if known is None else _open(cache / known, root, bad_images)
     if opened is None:
         if changed is not None:
@@ -193,11 +201,17 @@ def _from_pictures(source: Source, resolution: int | None, channels: int | None,
         watched = image_cache.stamps([*listing.watched, *listing.sample(image_cache.WATCHED_FILES)])
         entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key(listing.content(resolution, channels))}"
         opened = _open(entry, root, bad_images) or _decode(entry, listing, resolution, channels, bad_images, progress)
-        image_cache.remember(cache, key, entry.name, watched)
+        notes = listing.notes
+        image_cache.remember(cache, key, entry.name, watched, notes)
     if opened.bad and bad_images == "fail":
         picture, _, reason = opened.bad[0].partition(": ")
         raise cache_building.unreadable(str(root / picture), reason)
-    return Dataset(opened.images, opened.labels, opened.class_names, name, opened.fingerprint, len(opened.bad))
+    return replace(_of_entry(opened, name), skipped=len(opened.bad), notes=tuple(notes))
+
+
+def _of_entry(entry: image_cache.Entry, name: str) -> Dataset:
+    names = entry.class_names or numbered(entry.labels)
+    return Dataset(entry.images, entry.labels, names, name, entry.fingerprint, has_numbers=entry.class_names is None)
 
 
 def _open(entry: Path, root: Path, bad_images: str) -> image_cache.Entry | None:
@@ -240,10 +254,9 @@ def _from_file(source: Source, resolution: int | None, channels: int | None, cac
             return _from_arrays(images, arrays.labels, arrays.class_names, (resolution, channels), name)
         side, channels = resolution or _own_side(height, width, source.root), channels or given
         blocks = _blocks(arrays.blocks, count, side, channels, progress)
-        names = arrays.class_names or numbered(arrays.labels)
         shape = (count, channels, side, side)
-        opened = image_cache.build_entry(entry, blocks, shape=shape, labels=arrays.labels, class_names=names)
-    return Dataset(opened.images, opened.labels, opened.class_names, name, opened.fingerprint)
+        opened = image_cache.build_entry(entry, blocks, shape=shape, labels=arrays.labels, class_names=arrays.class_names)
+    return _of_entry(opened, name)
 
 
 def _blocks(read: Callable[[int], Iterator[np.ndarray]], count: int, side: int, channels: int, progress: bool) -> Iterator[np.ndarray]:
@@ -261,10 +274,9 @@ def _from_arrays(
     side, channels = form[0] or _own_side(height, width, Path(name)), form[1] or given
     labels = None if labels is None else check_labels(labels, count, f"the labels of --data: {name}")
     pixels = _formed(images.reshape(count, height, width, given), side, channels)
-    names = class_names or numbered(labels)
-    identity = image_cache.fingerprint(hashlib.sha256(pixels), pixels.shape, labels, names)
+    identity = image_cache.fingerprint(hashlib.sha256(pixels), pixels.shape, labels, class_names)
     pixels.flags.writeable = False
-    return Dataset(pixels, labels, names, name, identity)
+    return Dataset(pixels, labels, class_names or numbered(labels), name, identity, has_numbers=class_names is None)
 
 
 def _own_side(height: int, width: int, root: Path) -> int:
@@ -285,25 +297,35 @@ def _with_classes(dataset: Dataset, classes: int | Sequence[str] | None) -> Data
     """The data set as a model with `classes` sees it; see open_dataset. The fingerprint follows the labels."""
     if classes is None or (dataset.labels is None and not classes):
         return dataset
-    names = tuple(str(index) for index in range(classes)) if isinstance(classes, int) else tuple(classes)
+    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+    notes = dataset.notes
     if not names:
         labels, names = None, None
+        notes = (*notes, f"no classes are asked for: the {len(dataset.class_names):,} of the data are left out")
     elif dataset.labels is None:
         what = f"no labels in --data: {dataset.name} ({len(names)} classes expected)"
         raise InputError(f"{what}. Use one sub-folder per class, a labels.csv, or arr_1.")
-    elif isinstance(classes, int):
-        if dataset.labels.max() >= classes:
-            row = int(np.argmax(dataset.labels >= classes))
-            what = f"label out of range in --data: {dataset.name}: {dataset.labels[row]} in row {row}"
-            raise InputError(f"{what}. {classes} classes are expected.")
-        labels, names = dataset.labels, (*dataset.class_names[:classes], *names[len(dataset.class_names) :])
+    elif isinstance(classes, int) or dataset.has_numbers:
+        labels = dataset.labels
+        if labels.max() >= len(names):
+            row = int(np.argmax(labels >= len(names)))
+            what = f"label out of range in --data: {dataset.name}: {labels[row]} in row {row}"
+            raise InputError(f"{what}. {len(names)} classes are expected.")
+        if isinstance(classes, int):
+            names = (*dataset.class_names[:classes], *names[len(dataset.class_names) :])
     else:
-        unknown = [name for name in dataset.class_names if name not in names]
-        if unknown:
-            what = f"unknown class in --data: {dataset.name}: {unknown[0]}"
-            raise InputError(f"{what}. Expected {', '.join(names)}.{nearest(unknown[0], names)}")
-        labels = np.array([names.index(name) for name in dataset.class_names], dtype=np.int64)[dataset.labels]
+        labels = _renumbered(dataset, names)
     if names == dataset.class_names:
         return dataset
     identity = image_cache.fingerprint(hashlib.sha256(dataset.fingerprint.encode()), dataset.images.shape, labels, names)
-    return replace(dataset, labels=labels, class_names=names, fingerprint=identity)
+    return replace(dataset, labels=labels, class_names=names, fingerprint=identity, notes=notes)
+
+
+def _renumbered(dataset: Dataset, names: tuple[str, ...]) -> np.ndarray:
+    """The labels int64 [N] by the places of their classes in `names`."""
+    places = by_name(names)
+    unknown = next((name for name in dataset.class_names if name not in places), None)
+    if unknown is not None:
+        what = f"unknown class in --data: {dataset.name}: {unknown}"
+        raise InputError(f"{what}. Expected {listed(names)}.{nearest(unknown, names)}")
+    return np.array([places[name] for name in dataset.class_names], dtype=np.int64)[dataset.labels]

@@ -12,6 +12,7 @@ The rule, in this order:
 """
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,21 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def ending(name: str) -> str:
+    """The ending of a file's name, in small letters."""
+    return os.path.splitext(name)[1].lower() or "without ending"
+
+
+def is_picture(name: str) -> bool:
+    return ending(name) in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of the path is one that systems hide, and no picture of a set."""
+    return any(part.startswith((".", "__MACOSX")) and part != ".." for part in name.split("/"))
+
 
 ORIENTATION_INFO = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow finds an orientation outside TIFF
 

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fastcm.data.labels import numbered
 from fastcm.errors import ARRAY_FILE_ERRORS, InputError, RunError
 
 VERSION = 2
+RULES = 3  # of listing: what was listed by others is listed again
 WATCHED_FILES = 20_000  # of a folder with more pictures, so many are looked at when it is opened again, evenly spaced
 MAPPED_LABELS_BYTES = 64 << 20
 SPARED = 0.1  # the share of the free disk space that a cache leaves
@@ -158,7 +160,7 @@ def fingerprint(digest, shape: tuple[int, ...], labels: np.ndarray | None, class
     """Finishes a sha256 `digest` of the pixels (uint8 NCHW bytes in order) into the identity of a data set, wherever it lies."""
     if labels is not None:
         digest.update(np.ascontiguousarray(labels, dtype="<i8"))
-    digest.update(json.dumps([list(shape), list(class_names or ())]).encode())
+    digest.update(json.dumps([list(shape), list(class_names or numbered(labels) or ())]).encode())
     return digest.hexdigest()
 
 
@@ -199,9 +201,9 @@ def _stamp(path: str) -> Stamp:
     return [path, 0 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime_ns]
 
 
-def remember(cache: Path, source: str, entry: str, watched: list[Stamp]) -> None:
-    """Notes that `source` (a key of path and options) is the entry of that name while what is watched stays as it is."""
-    record = {"version": VERSION, "entry": entry, "watched": watched}
+def remember(cache: Path, source: str, entry: str, watched: list[Stamp], notes: Sequence[str] = ()) -> None:
+    """Writes down that `source` (a key of path and options) is the entry of that name while what is watched stays as it is."""
+    record = {"version": RULES, "entry": entry, "watched": watched, "notes": list(notes)}
     folder = cache / "opened"
     try:
         folder.mkdir(exist_ok=True)
@@ -212,18 +214,21 @@ def remember(cache: Path, source: str, entry: str, watched: list[Stamp]) -> None
         pass  # the source is listed again next time
 
 
-def recall(cache: Path, source: str) -> tuple[str | None, str | None]:
-    """(entry, None) of a source that has not changed; (None, path) where that file or folder has; (None, None) for one never opened."""
+def recall(cache: Path, source: str) -> tuple[str | None, list[str], str | None]:
+    """(entry, notes, None) of a source that has not changed; (None, [], path) where that file or folder has.
+
+    (None, [], None) for a source that was never opened, or by other rules.
+    """
     try:
         record = json.loads((cache / "opened" / f"{source}.json").read_text(encoding="ascii"))
-        if record["version"] != VERSION:
-            return None, None
+        if record["version"] != RULES:
+            return None, [], None
         for known in record["watched"]:
             if known != _stamp(known[0]):
-                return None, known[0]
-        return str(record["entry"]), None
+                return None, [], known[0]
+        return str(record["entry"]), [str(note) for note in record["notes"]], None
     except (OSError, ValueError, KeyError, TypeError):
-        return None, None
+        return None, [], None
 
 
 def _write(path: Path, write: Callable) -> None:

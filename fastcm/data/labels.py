@@ -1,29 +1,35 @@
-"""Which class each picture has: by sub-folder, by the name before "_", or by a file of labels; and what a label may be."""
+"""Which class each picture has: by sub-folder, by the picture's name, or by a file of labels; and what a label may be."""
 
 import csv
 import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastcm.errors import InputError
+from fastcm.weights.class_names import check_names, in_order
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
 MAX_CLASSES = 100_000
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "name", "path")
 LABEL_COLUMNS = ("label", "class", "class_name")
+# Folders that hold parts of a set, and what cameras begin the names of their pictures with: neither are classes.
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout"}
+CAMERA = re.compile(r"img|image|photo|dsc|dscn|dscf|dcim|pxl|mvimg|gopr|(19|20)\d{6}", re.IGNORECASE)  # the last is a date
+SAMPLED = re.compile(r"seed--?\d+-class-(\d{1,6})\.png")  # as `fastcm sample --out DIR/` names its files
 
 
 class Classes(NamedTuple):
-    """labels: int64 [N] and a name per class; None and None without classes."""
+    """labels: int64 [N], None without classes; names: one per class, None where they have numbers alone; how: what the labels are from."""
 
     labels: np.ndarray | None
     names: tuple[str, ...] | None
+    how: str = ""
 
 
 def numbered(labels: np.ndarray | None) -> tuple[str, ...] | None:
@@ -49,9 +55,10 @@ def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
 def from_names(names: Sequence[str], root: object) -> Classes:
     """The classes that paths of pictures (relative, with "/") show by themselves.
 
-    Pictures in several sub-folders: the first sub-folder is the class. Pictures all in one folder: the file name up to its first "_" is
-    the class (OpenAI's rule), where every name has such a beginning, there are two or more of them and none stands alone; else no classes.
-    Raises InputError for pictures both beside and inside sub-folders.
+    Pictures in several sub-folders: the first sub-folder is the class. Pictures all in one folder: the number that `fastcm sample` wrote,
+    or the file name up to its first "_" (OpenAI's rule), where every name has such a beginning, there are two or more of them, none stands
+    alone and none is a camera's; else no classes. Raises InputError for pictures both beside and inside sub-folders, and for sub-folders
+    that are parts of a set.
     """
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
     loose = folders.count("")
@@ -61,19 +68,37 @@ def from_names(names: Sequence[str], root: object) -> Classes:
             "Sub-folders are classes: move the loose pictures into one, or give a flat folder, or a labels.csv."
         )
     if not loose:
-        return by_name(folders)
-    beginnings = [name.partition("_")[0] if "_" in name else "" for name in names]
-    counts = Counter(beginnings)
-    if "" in counts or len(counts) < 2 or min(counts.values()) < 2:
+        distinct = sorted(set(folders))
+        if all(folder.lower() in PARTS for folder in distinct):
+            remedy = f"Give one of them, as {root}/{distinct[0]}, or a labels.csv."
+            raise InputError(f"parts of a set, not classes, in --data: {root} ({', '.join(distinct)}). {remedy}")
+        return by_name(folders, f"--data: {root}", "sub-folder")
+    sampled = [SAMPLED.fullmatch(name) for name in names]
+    if all(sampled):
+        return Classes(np.array([int(match[1]) for match in sampled], dtype=np.int64), None, "the names of fastcm sample")
+    return _by_beginning(names, root)
+
+
+def _by_beginning(names: Sequence[str], root: object) -> Classes:
+    counts = Counter(name.partition("_")[0] if "_" in name else "" for name in names)
+    if "" in counts or len(counts) < 2:
         return Classes(None, None)
-    return by_name(beginnings)
+    camera = next((beginning for beginning in counts if CAMERA.fullmatch(beginning)), None)
+    if camera is not None:
+        return Classes(None, None, f"{camera}_ is a camera's name")
+    rarest = min(counts, key=counts.get)
+    if counts[rarest] < 2:
+        return Classes(None, None, f"one picture alone begins with {rarest}_")
+    return by_name([name.partition("_")[0] for name in names], f"--data: {root}", "the name before _")
 
 
-def by_name(classes: Sequence[str]) -> Classes:
-    """Class indices in the order of the sorted names."""
-    names = tuple(sorted(set(classes)))
+def by_name(classes: Sequence[str], where: str, how: str) -> Classes:
+    """Class indices in the order of the sorted names. Raises InputError for a name that is none, and for more than MAX_CLASSES."""
+    names = check_names(in_order(set(classes)), where)
+    if len(names) > MAX_CLASSES:
+        raise InputError(f"too many classes in {where}: {len(names):,}, by {how}. At most {MAX_CLASSES:,} are supported.")
     index = {name: i for i, name in enumerate(names)}
-    return Classes(np.array([index[name] for name in classes], dtype=np.int64), names)
+    return Classes(np.array([index[name] for name in classes], dtype=np.int64), names, how)
 
 
 def from_file(content: bytes, where: str, names: Sequence[str], *, limit: int = MAX_CLASSES) -> Classes:
@@ -85,11 +110,13 @@ def from_file(content: bytes, where: str, names: Sequence[str], *, limit: int = 
     """
     rows = _csv_rows(content, where) if where.lower().endswith(".csv") else _json_rows(content, where)
     if rows is None:
-        return Classes(None, None)
+        return Classes(None, None, f"{PurePosixPath(where).name} says so")
     found: dict[str, tuple[str, Any]] = {}  # (row, label) by file
     known = set(names)
+    other_case = unique_folded(names)
     for row, file, label in rows:
         file = str(PurePosixPath(str(file).replace("\\", "/")))
+        file = file if file in known else other_case.get(file.casefold(), file)
         if file in found:
             raise InputError(f"duplicate row in {where}: {file} in {row}, first in {found[file][0]}. Keep one of them.")
         if file not in known:
@@ -111,10 +138,18 @@ def _classes(labels: list[tuple[str, Any]], where: str, limit: int) -> Classes:
             raise InputError(f"not {wanted} in {where}: {json.dumps(label)} in {row}. Write all labels as whole numbers, or all as names.")
         if not named and not 0 <= label < limit:
             raise InputError(f"label out of range in {where}: {label} in {row}. Expected 0 to {limit - 1}.")
+    how = PurePosixPath(where).name.rpartition(":")[2]
     if named:
-        return by_name([label for _, label in labels])
-    indices = np.array([label for _, label in labels], dtype=np.int64)
-    return Classes(indices, numbered(indices))
+        return by_name([label for _, label in labels], where, how)
+    return Classes(np.array([label for _, label in labels], dtype=np.int64), None, how)
+
+
+def unique_folded(names: Iterable[str]) -> dict[str, str]:
+    """The names by themselves in small letters, without those that then are no longer one."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        found[name.casefold()] = None if name.casefold() in found else name
+    return {folded: name for folded, name in found.items() if name is not None}
 
 
 def _csv_rows(content: bytes, where: str) -> Iterator[tuple[str, str, Any]]:

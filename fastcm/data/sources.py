@@ -5,12 +5,13 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from fastcm.data import array_files, cifar, labels, tables, tar_shards
-from fastcm.data.decoding import EXTENSIONS, BadImageError
+from fastcm.data.decoding import EXTENSIONS, BadImageError, ending, is_hidden, is_picture
 from fastcm.data.image_cache import entry_key, stamps
 from fastcm.data.labels import LABEL_FILES, MAX_CLASSES, Classes
 from fastcm.data.spans import ChangedError, Span, read_span
@@ -18,6 +19,7 @@ from fastcm.errors import InputError, nearest
 
 BUILT_IN = {"digits": 0, "emoji32": 0, "mnist": 2000}  # name: pictures at its end that are kept from training
 HASHED_PICTURES = 64
+SHOWN_ENDINGS = 12
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Listing:
     """Pictures in their fixed order: by path in a folder or zip, as they lie in tar shards.
 
     root: the source; names: relative to it, unique; classes: see labels.py; watched: files and folders, beside the spans' own, whose
-    change would change the listing; scratch: a folder that the spans lie in and that is needed until they are decoded, with their hash as
-    identity.
+    change would change the listing; passed_over: how many files of each ending are no pictures; scratch: a folder that the spans lie in and
+    that is needed until they are decoded, with their hash as identity.
     """
 
     root: Path
@@ -34,8 +36,16 @@ class Listing:
     spans: Sequence[Span]
     classes: Classes
     watched: Sequence[str] = field(repr=False)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
     scratch: Path | None = None
     identity: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know before training: where the classes are from, and what was passed over."""
+        labels, _, how = self.classes
+        from_where = [] if not how else [f"no classes: {how}"] if labels is None else [f"classes by {how}"]
+        return [*from_where, *passed_over(self.passed_over)]
 
     def content(self, resolution: int | None, channels: int | None) -> Iterator[object]:
         """What decides the pixels and labels: names, sizes, times (checksums in a zip), the bytes of some pictures. Not where they lie."""
@@ -70,13 +80,14 @@ def list_folder(root: Path, *, labels_file: Path | None = None, limit: int = MAX
     labels_file: a CSV or JSON of labels; None takes labels.csv, labels.json or dataset.json at the top where there is one. limit: labels
     of such a file stay below it. Raises InputError for a folder without pictures.
     """
-    found, folders, seen = {}, [], 0
-    for path, status in _walk(str(root), folders):
-        seen += 1
+    found, folders, others = {}, [], Counter()
+    for path, status in _walk(str(root), folders, others):
         name = os.path.relpath(path, root).replace(os.sep, "/")
         if _is_wanted(name):
             found[name] = Span(path, 0, status.st_size if status else 0, status.st_mtime_ns if status else 0)
-    return _listing(root, found, seen, folders, labels_file, limit)
+        else:
+            others[ending(name)] += 1
+    return _listing(root, found, others, folders, labels_file, limit)
 
 
 def list_zip(path: Path, *, labels_file: Path | None = None, limit: int = MAX_CLASSES) -> Listing:
@@ -88,9 +99,14 @@ def list_zip(path: Path, *, labels_file: Path | None = None, limit: int = MAX_CL
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"unreadable zip in --data: {path} ({error}). Copy it again.") from error
     found: dict[str, Span] = {}
+    others = Counter()
     for member in members:
-        name = str(PurePosixPath(member.filename))
-        if not member.filename or member.is_dir() or not _is_wanted(name) or any(map(_hidden, name.split("/"))):
+        name = _member_name(member)
+        if not name or name.endswith("/"):
+            continue
+        name = str(PurePosixPath(name))
+        if not _is_wanted(name) or is_hidden(name):
+            others["hidden" if is_hidden(name) else ending(name)] += 1
             continue
         if name in found:
             raise InputError(f"two members of one name in --data: {path}: {name}. Rename one of them.")
@@ -99,15 +115,30 @@ def list_zip(path: Path, *, labels_file: Path | None = None, limit: int = MAX_CL
             raise InputError(f"a member that is {kind} in --data: {path}: {name}. Write it stored or deflated.")
         full_size = member.file_size if member.compress_type == zipfile.ZIP_DEFLATED else -1
         found[name] = Span(str(path), member.header_offset, member.compress_size, mtime_ns, full_size, member.CRC)
-    return _listing(path, found, len(members), [str(path)], labels_file, limit)
+    return _listing(path, found, others, [str(path)], labels_file, limit)
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """With "/" between folders, as Windows' own tools do not write it, and as UTF-8 where its bytes are that, flagged or not."""
+    name = member.filename.replace("\\", "/")
+    if member.flag_bits & 0x800:
+        return name
+    try:
+        return name.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return name
 
 
 def list_tar(root: Path, shards: Sequence[Path], *, limit: int = MAX_CLASSES) -> Listing:
     """Lists the pictures of tar shards; see tar_shards.py. Raises InputError."""
-    names, spans, classes = tar_shards.list_shards(list(shards), limit=limit)
+    others = Counter()
+    names, spans, classes = tar_shards.list_shards(list(shards), others, limit=limit)
     if not names:
         raise InputError(f"no picture in --data: {root} ({len(shards)} shards). Accepted extensions: {' '.join(EXTENSIONS)}.")
-    return Listing(root, names, spans, classes, [str(shard) for shard in shards])
+    if root.is_dir():
+        files = [entry.name for entry in _sorted_entries(str(root)) if root / entry.name not in shards]
+        others.update(map(ending, files))
+    return Listing(root, names, spans, classes, [str(shard) for shard in shards], others)
 
 
 def list_table(root: Path, table: tables.Table, columns: tables.Columns, watched: Sequence[str], cache: Path) -> Listing:
@@ -118,28 +149,35 @@ def list_table(root: Path, table: tables.Table, columns: tables.Columns, watched
     if not packed.spans:
         raise InputError(f"no picture in --data: {root} (0 rows). Give a table with rows.")
     names = [f"row {row}" for row in range(len(packed.spans))]
-    return Listing(root, names, packed.spans, classes, watched, packed.folder, packed.identity)
+    return Listing(root, names, packed.spans, classes, watched, scratch=packed.folder, identity=packed.identity)
 
 
-def _listing(root: Path, found: dict[str, Span], seen: int, watched: list[str], labels_file: Path | None, limit: int) -> Listing:
+def _listing(root: Path, found: dict[str, Span], others: Counter, watched: list[str], labels_file: Path | None, limit: int) -> Listing:
     """Orders the pictures and gives them their classes. Where all lie below one sub-folder, that one stands for the source."""
-    names = sorted(filter(_is_picture, found), key=lambda name: name.split("/"))
+    names = sorted(filter(is_picture, found), key=lambda name: name.split("/"))
     if not names:
+        seen = len(found) + others.total()
         raise InputError(f"no picture in --data: {root} ({seen} files seen). Accepted extensions: {' '.join(EXTENSIONS)}.")
+    label_files = [name for name in found if not is_picture(name)]
     common = _common_folder(names)
     spans = [found[name] for name in names]
-    if labels_file is not None:
-        span = Span(str(labels_file), 0, *_size_and_time(labels_file))
-        return Listing(root, names, spans, _from_file(span, str(labels_file), names, limit), [*watched, span.path])
-    beside = [name for folder in dict.fromkeys(("", common)) for name in (f"{folder}{file}" for file in LABEL_FILES) if name in found]
+    beside = [] if labels_file is not None else [name for name in label_files if name[: name.rfind("/") + 1] in ("", common)]
     if len(beside) > 1:
         raise InputError(f"several files of labels in --data: {root}: {', '.join(beside)}. Keep one.")
-    if beside:
+    others.update(ending(name) for name in label_files if name not in beside)
+    if labels_file is not None:
+        span = Span(str(labels_file), 0, *_size_and_time(labels_file))
+        classes = _from_file(span, str(labels_file), names, limit)
+        watched = [*watched, span.path]
+    elif beside:
         span = found[beside[0]]
         where = f"{root}{':' if span.crc >= 0 else '/'}{beside[0]}"
-        inside = len(beside[0].rpartition("/")[0]) + ("/" in beside[0])
-        return Listing(root, names, spans, _from_file(span, where, [name[inside:] for name in names], limit), [*watched, span.path])
-    return Listing(root, names, spans, labels.from_names([name[len(common) :] for name in names], root), watched)
+        inside = beside[0].rfind("/") + 1
+        classes = _from_file(span, where, [name[inside:] for name in names], limit)
+        watched = [*watched, span.path]
+    else:
+        classes = labels.from_names([name[len(common) :] for name in names], root)
+    return Listing(root, names, spans, classes, watched, others)
 
 
 def _from_file(span: Span, where: str, names: Sequence[str], limit: int) -> Classes:
@@ -164,20 +202,22 @@ def _common_folder(names: Sequence[str]) -> str:
     return common[: common.rfind("/") + 1]
 
 
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
 def _is_wanted(name: str) -> bool:
-    return _is_picture(name) or name.rpartition("/")[2] in LABEL_FILES
+    return is_picture(name) or name.rpartition("/")[2].lower() in LABEL_FILES
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
+def passed_over(others: Mapping[str, int]) -> list[str]:
+    """A line of what is no picture, by ending, the most frequent first; none where all are pictures."""
+    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{count:,} {what}" for what, count in most[:SHOWN_ENDINGS])
+    return [f"passed over: {shown}{', …' if len(most) > SHOWN_ENDINGS else ''}"] if most else []
 
 
-def _walk(root: str, folders: list[str]) -> Iterator[tuple[str, os.stat_result | None]]:
-    """(path, status) of every visible file below root, None for a broken link; `folders` receives every folder that was read."""
+def _walk(root: str, folders: list[str], others: Counter) -> Iterator[tuple[str, os.stat_result | None]]:
+    """(path, status) of every visible file below root, None for a broken link.
+
+    `folders` receives every folder that was read, `others` the number of hidden files and folders.
+    """
     visited, waiting = set(), [root]
     while waiting:
         folder = waiting.pop()
@@ -186,7 +226,7 @@ def _walk(root: str, folders: list[str]) -> Iterator[tuple[str, os.stat_result |
             continue
         visited.add((status.st_dev, status.st_ino))
         folders.append(folder)
-        for entry in _sorted_entries(folder):
+        for entry in _sorted_entries(folder, others):
             try:
                 status = entry.stat()
             except OSError:
@@ -201,12 +241,16 @@ def _names_in(folder: Path) -> list[str]:
     return [entry.name for entry in _sorted_entries(str(folder))] if folder.is_dir() else []
 
 
-def _sorted_entries(folder: str) -> Iterable[os.DirEntry]:
+def _sorted_entries(folder: str, others: Counter | None = None) -> Iterable[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not _hidden(entry.name)), key=lambda entry: entry.name)
+            found = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"unreadable folder in --data: {folder} ({error.strerror}). Correct its permissions.") from None
+    visible = [entry for entry in found if not is_hidden(entry.name)]
+    if others is not None and len(visible) < len(found):
+        others["hidden"] += len(found) - len(visible)
+    return visible
 
 
 KINDS = (
@@ -294,7 +338,7 @@ def _kind_of_folder(path: Path) -> tuple[str, tuple[Path, ...]]:
     arrow = tables.arrow_folder(path, names)
     if arrow is not None:
         return "table", (arrow / "state.json", *sorted(arrow.glob("*.arrow")))
-    if any(map(_is_picture, names)):
+    if any(map(is_picture, names)):
         return "folder", (path,)
     for folder, inside in ((path, names), (path / "data", _names_in(path / "data") if "data" in names else [])):  # data: as on the hub
         if any(name.lower().endswith(".parquet") for name in inside):

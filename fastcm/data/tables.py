@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcm.data import image_cache
-from fastcm.data.labels import LABEL_COLUMNS, Classes, by_name, check_labels, numbered
+from fastcm.data.labels import LABEL_COLUMNS, Classes, by_name, check_labels
 from fastcm.data.spans import MAX_BYTES, Span
 from fastcm.errors import InputError
+from fastcm.weights.class_names import check_names
 
 ROWS = 256  # read at a time
 SHARD = re.compile(r"(.+?)[-_.]\d+(-of-\d+)?\.parquet", re.IGNORECASE)
@@ -185,18 +186,19 @@ def _shown(feature: Any) -> str:
 
 def read_classes(table: Table, column: str) -> Classes:
     """The classes of a column: a ClassLabel's names, whole numbers as they are, or names in sorted order. Raises InputError."""
-    feature, where = table.features[column], f"column {column} of --data: {table.shown}"
+    feature, how = table.features[column], f"column {column}"
+    where = f"{how} of --data: {table.shown}"
     values = [value for array in table.batches(column) for value in array.to_pylist()]
     if None in values:
         raise InputError(f"no label in {where}: row {values.index(None)}. Give each picture a class, or pass --label-column none.")
     if _kind(feature) == "text":
-        return by_name(values)
+        return by_name(values, where, how)
     labels = check_labels(np.array(values, dtype=np.int64), len(values), where)
-    names = tuple(feature.names) if _kind(feature) == "classes" and feature.names else numbered(labels)
-    if len(labels) and labels.max() >= len(names):
+    names = check_names(feature.names, where) if _kind(feature) == "classes" and feature.names else None
+    if names and len(labels) and labels.max() >= len(names):
         row = int(np.argmax(labels >= len(names)))
         raise InputError(f"label out of range in {where}: {labels[row]} in row {row}. The column names {len(names)} classes.")
-    return Classes(labels, names)
+    return Classes(labels, names, how)
 
 
 class Pack(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset layout: `key.jpg` beside `key.cls`, read where they lie. Nothing is unpickled or extracted.
+"""Tar shards in the WebDataset layout: `key.jpg` and `key.cls`, read where they lie. Nothing is unpickled or extracted.
 
 A shard is an uncompressed tar of regular files (POSIX, pax or GNU names); a link, device, sparse file or oversized header is refused.
 """
@@ -7,14 +7,15 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
-from fastcm.data.decoding import EXTENSIONS
-from fastcm.data.labels import MAX_CLASSES, Classes, numbered
+from fastcm.data.decoding import ending, is_hidden, is_picture
+from fastcm.data.labels import MAX_CLASSES, Classes, unique_folded
 from fastcm.data.spans import Span
 from fastcm.errors import InputError
 
@@ -69,12 +70,15 @@ def _choices(inside: str) -> list[str]:
     return [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
 
 
-def list_shards(shards: list[Path], *, limit: int = MAX_CLASSES) -> tuple[list[str], list[Span], Classes]:
-    """(names `shard.tar:key.jpg`, spans, classes) of the pictures in the order in which they lie. Raises InputError."""
+def list_shards(shards: list[Path], others: Counter, *, limit: int = MAX_CLASSES) -> tuple[list[str], list[Span], Classes]:
+    """(names `shard.tar:key.jpg`, spans, classes) of the pictures in the order in which they lie. others: counts what is neither.
+
+    Raises InputError.
+    """
     names, spans, labels = [], [], []
     for shard in shards:
         mtime_ns = shard.stat().st_mtime_ns
-        for image, label in _samples(shard, limit):
+        for image, label in _samples(shard, limit, others):
             names.append(f"{shard.name}:{image.name}")
             spans.append(Span(str(shard), image.offset, image.size, mtime_ns))
             labels.append(label)
@@ -82,22 +86,63 @@ def list_shards(shards: list[Path], *, limit: int = MAX_CLASSES) -> tuple[list[s
                 missing = names[-1] if label is None else names[0]
                 raise InputError(f"no .cls beside a picture in --data: {missing} (others have one). Give every picture one, or none.")
     if not labels or labels[0] is None:
-        return names, spans, Classes(None, None)
-    indices = np.array(labels, dtype=np.int64)
-    return names, spans, Classes(indices, numbered(indices))
+        folders = {name.rpartition("/")[0] for name in names}
+        return names, spans, Classes(None, None, "folders inside tar shards are none, .cls files are" if len(folders) > 1 else "")
+    return names, spans, Classes(np.array(labels, dtype=np.int64), None, ".cls")
 
 
-def _samples(shard: Path, limit: int) -> Iterator[tuple[Member, int | None]]:
-    """(picture, label or None) of each key that has a picture; the members of one key stand together, as WebDataset writes them."""
+def _samples(shard: Path, limit: int, others: Counter) -> Iterator[tuple[Member, int | None]]:
+    """(picture, label or None) of each picture of a shard. The members of one sample need not be neighbours."""
     with open(shard, "rb", buffering=0) as file:
-        for key, group in itertools.groupby(members(file.fileno(), shard), key=lambda member: _key(member.name)):
-            group = list(group)
-            pictures = [member for member in group if os.path.splitext(member.name)[1].lower() in EXTENSIONS]
-            classes = [member for member in group if member.name == f"{key}.cls"]
-            if len(pictures) > 1 or len(classes) > 1:
-                raise InputError(f"two pictures or labels of one key in --data: {shard}: {key}. Give each picture a key of its own.")
-            if pictures:
-                yield pictures[0], _label(file.fileno(), classes[0], shard, limit) if classes else None
+        pictures, classes = [], []
+        for member in members(file.fileno(), shard):
+            member = member._replace(name=str(PurePosixPath(member.name)))
+            if is_hidden(member.name):
+                others["hidden"] += 1
+            elif is_picture(member.name):
+                pictures.append(member)
+            elif ending(member.name) == ".cls":
+                classes.append(member)
+            else:
+                others[ending(member.name)] += 1
+        labels = _paired([member.name for member in pictures], [member.name for member in classes], shard)
+        if len(classes) > len(labels):
+            others[".cls of other fields"] += len(classes) - len(labels)
+        for picture in pictures:
+            place = labels.get(picture.name)
+            yield picture, None if place is None else _label(file.fileno(), classes[place], shard, limit)
+
+
+def _paired(pictures: Sequence[str], classes: Sequence[str], shard: Path) -> dict[str, int]:
+    """The place of the label of each picture: `a.b.cls` belongs to `a.b.png`, else to A.B.PNG where that is one, else to what has this key.
+
+    A key is WebDataset's, the name up to the first dot of its last part. Raises InputError for a label without a picture, and for two
+    pictures or labels of one sample.
+    """
+    stems = {os.path.splitext(name)[0]: name for name in pictures}
+    folded, keyed = unique_folded(stems), defaultdict(list)
+    for stem, name in stems.items():
+        keyed[_key(name)].append(name)
+        dots = [place for place, letter in enumerate(stem) if letter == "." and place > stem.rfind("/")]
+        shorter = next((stem[:dot] for dot in dots if stem[:dot] in stems), None)
+        if shorter is not None:
+            raise _twice(shard, shorter)
+    if len(stems) < len(pictures):
+        raise _twice(shard, next(stem for stem, count in Counter(os.path.splitext(name)[0] for name in pictures).items() if count > 1))
+    found: dict[str, int] = {}
+    for place, name in enumerate(classes):
+        stem = os.path.splitext(name)[0]
+        owners = [stems[stem]] if stem in stems else [stems[folded[stem.casefold()]]] if stem.casefold() in folded else keyed.get(stem, [])
+        if not owners and _key(name) not in stems:
+            raise InputError(f"a label without a picture in --data: {shard}: {name}. Add its picture, or remove it.")
+        if len(owners) > 1 or (owners and owners[0] in found):
+            raise _twice(shard, stem)
+        found.update(dict.fromkeys(owners, place))
+    return found
+
+
+def _twice(shard: Path, key: str) -> InputError:
+    return InputError(f"two pictures or labels of one key in --data: {shard}: {key}. Give each picture a key of its own.")
 
 
 def _key(name: str) -> str:

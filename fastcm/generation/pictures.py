@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from fastcm.generation import lettering
+
 # Images smaller than this are shown enlarged: each pixel becomes a square of whole pixels.
 READABLE_PIXELS = 64
 # Pixels between the images of a grid, and of a line of text.
@@ -47,34 +49,24 @@ def grid(
     tiles = [enlarged(to_pil(image)) for image in images]
     width, height = tiles[0].size
     below = LINE if captions else 0
-    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
-    left = max(int(measure.textlength(name)) + 2 * GAP for name in row_names) if row_names else 0
+    left = max(int(lettering.width(name)) + 2 * GAP for name in row_names) if row_names else 0
     top = LINE * (bool(title) + bool(column_names))
     # The title may be wider than the images.
-    right = max(left + columns * (width + GAP) + GAP, int(measure.textlength(title)) + 2 * GAP if title else 0)
+    right = max(left + columns * (width + GAP) + GAP, int(lettering.width(title)) + 2 * GAP if title else 0)
     sheet = Image.new(tiles[0].mode, (right, top + rows * (height + below + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((GAP, 0), title, fill="black")
+        lettering.write(draw, (GAP, 0), title)
     for index, name in enumerate(column_names or ()):
-        draw.text((left + GAP + index * (width + GAP), top - LINE), shortened(draw, name, width), fill="black")
+        lettering.write(draw, (left + GAP + index * (width + GAP), top - LINE), name, width)
     for index, name in enumerate(row_names or ()):
-        draw.text((GAP, top + GAP + index * (height + below + GAP) + (height - LINE) // 2), name, fill="black")
+        lettering.write(draw, (GAP, top + GAP + index * (height + below + GAP) + (height - LINE) // 2), name)
     for index, tile in enumerate(tiles):
         x, y = left + GAP + index % columns * (width + GAP), top + GAP + index // columns * (height + below + GAP)
         sheet.paste(tile, (x, y))
         if captions:
-            draw.text((x, y + height), shortened(draw, captions[index], width), fill="black")
+            lettering.write(draw, (x, y + height), captions[index], width)
     return sheet
-
-
-def shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The text, cut where it would be wider than `width` pixels."""
-    if draw.textlength(text) <= width:
-        return text
-    while text and draw.textlength(f"{text}..") > width:
-        text = text[:-1]
-    return f"{text}.."
 
 
 @contextlib.contextmanager

@@ -10,37 +10,35 @@ from fastcm.consistency.denoiser import Preconditioning
 from fastcm.consistency.noise_schedule import karras_grid, sampling_sigmas
 from fastcm.errors import InputError, nearest
 from fastcm.generation.sampler import CALM, CHURNED, Churn
+from fastcm.weights.class_names import by_name, class_number
 
 OUTPUTS = ("uint8", "float", "pil")
-SEED_RANGE = range(-(2**63), 2**63)
+SEED_RANGE = range(-(2**63), 2**64)
 TEACHER_DEFAULT = "heun"
 
 
 def seed_array(seeds: int | Iterable[int]) -> np.ndarray:
-    """Returns the seeds as int64 [N]; an int stands for itself alone."""
-    values = [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds)
-    for seed in values:
+    """Returns the seeds as int64 [N]; an int stands for itself alone. A seed from 2^63 on is the negative one of the same 64 bits."""
+    values = []
+    for seed in [seeds] if _stands_alone(seeds) else seeds:
         try:
-            inside = operator.index(seed) in SEED_RANGE
+            seed = operator.index(seed)
         except TypeError:
             raise InputError(f"not an integer in seeds: {seed!r}. Give integers of 64 bits.") from None
-        if not inside:
-            raise InputError(f"seed out of range in seeds: {seed}. Give integers from -2^63 to 2^63 - 1.")
+        if seed not in SEED_RANGE:
+            raise InputError(f"seed out of range in seeds: {seed}. Give integers of 64 bits: from -2^63 to 2^64 - 1.")
+        values.append(signed(seed))
     return np.array(values, dtype=np.int64)
 
 
-def class_number(label, classes: Sequence[str]) -> int:
-    """A class by its number or its name."""
-    if isinstance(label, str) and label in classes:
-        return list(classes).index(label)
-    try:
-        number = int(label) if isinstance(label, str) else operator.index(label)
-    except (TypeError, ValueError):
-        remedy = nearest(str(label), classes) or f" Give a name or a number from 0 to {len(classes) - 1}."
-        raise InputError(f"unknown class in labels: {label}.{remedy}") from None
-    if not 0 <= number < len(classes):
-        raise InputError(f"class out of range in labels: {number}. The model has the classes 0 to {len(classes) - 1}.")
-    return number
+def signed(seed: int) -> int:
+    """A seed of 64 bits, from -2^63 to 2^64 - 1, as the int64 of the same bits: 2^64 - 1 is -1."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _stands_alone(value: object) -> bool:
+    """Whether it is one seed or label, not several."""
+    return isinstance(value, (str, int)) or getattr(value, "ndim", None) == 0
 
 
 def label_array(labels, seeds: np.ndarray, classes: Sequence[str] | None) -> np.ndarray | None:
@@ -51,10 +49,11 @@ def label_array(labels, seeds: np.ndarray, classes: Sequence[str] | None) -> np.
         return None
     if labels is None:
         return seeds % len(classes)
-    values = [labels] if isinstance(labels, (str, int, np.integer)) else list(labels)
+    values = [labels] if _stands_alone(labels) else list(labels)
     if not values:
         raise InputError("no class in labels: the list is empty. Give a class, or leave labels out.")
-    return np.resize(np.array([class_number(label, classes) for label in values], dtype=np.int64), len(seeds))
+    numbers = by_name(classes)
+    return np.resize(np.array([class_number(label, classes, numbers) for label in values], dtype=np.int64), len(seeds))
 
 
 def noise_levels(steps: int | None, sigmas: Iterable[float] | None, preconditioning: Preconditioning, sampling: dict) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
 from fastcm.consistency.solver import STEPS
 from fastcm.consistency.tangent import TANGENTS
 from fastcm.errors import InputError, nearest
+from fastcm.generation.request import SEED_RANGE, signed
 from fastcm.networks.checks import is_number
 
 METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct")
@@ -199,8 +200,9 @@ class TrainConfig:
         if self.microbatch is not None:
             _number("--microbatch", self.microbatch, 1, whole=True)
         _number("--checkpoint-every", self.checkpoint_every_s, 0)
-        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
-            raise InputError(f"illegal value in --seed: {self.seed}. Give a whole number of 64 bits.")
+        if not isinstance(self.seed, int) or self.seed not in SEED_RANGE:
+            raise InputError(f"illegal value in --seed: {self.seed}. Give a whole number of 64 bits: from -2^63 to 2^64 - 1.")
+        object.__setattr__(self, "seed", signed(self.seed))
         for name in ("evaluate_every_kimg", "sample_every_kimg"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0, open_low=True)

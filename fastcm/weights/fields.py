@@ -8,6 +8,7 @@ from torch import nn
 
 from fastcm.errors import InputError, shown
 from fastcm.networks.checks import is_count, is_number
+from fastcm.weights.class_names import check_names
 
 
 def _list_of(kind) -> Any:
@@ -53,6 +54,7 @@ def check_model_fields(config: Mapping[str, Any], path: Path, *, network: nn.Mod
     """Raises InputError where a field of MODEL_FIELDS is of another kind, or says otherwise than the configuration of `network`."""
     values = {name: field(config, name, kind, path, default=None, null=True) for name, kind in MODEL_FIELDS.items()}
     classes = values["classes"]
+    check_names(classes or (), str(path))
     built = getattr(network, "config", None)
     for name, found, theirs in (
         ("resolution", values["resolution"], "resolution"),

@@ -105,6 +105,18 @@ def test_a_folder_of_samples_with_classes(tmp_path, capsys, digits):
     assert (code, err) == (0, "") and row["accuracy"] > 0.6 and row["count"] == 60
 
 
+def test_a_folder_that_sample_wrote(tmp_path, capsys, digits):
+    """Its pictures' names have the numbers of their classes, whatever the names of the data's."""
+    images, labels = digits
+    for index in range(60):
+        pictures.save_png(tmp_path / "samples" / f"seed-{index}-class-{labels[index]}.png", pictures.to_pil(images[index]))
+        pictures.save_png(tmp_path / "real" / f"x{labels[index]}" / f"{index}.png", pictures.to_pil(images[index]))
+    command = (tmp_path / "samples", "--metrics", "accuracy", "--json", tmp_path / "r.json")
+    for data in ("digits", tmp_path / "real"):
+        code, _, err = run(capsys, *command, "--data", data)
+        assert (code, err) == (0, "") and json.loads((tmp_path / "r.json").read_text())["sets"][0]["accuracy"] > 0.6
+
+
 def test_a_model_knows_its_training_data_and_the_rows_it_never_saw(tmp_path, capsys):
     fingerprint = open_dataset("digits").fingerprint
     held_out = list(range(0, 1797, 10))

@@ -36,6 +36,47 @@ def fastcm(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
+def test_classes_that_have_numbers_for_names(tmp_path, monkeypatch):
+    """`all` draws each class once; text is a name, an int a number."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", tiny_denoiser(), {**INFO, "classes": ["1", "2", "10"]})
+    assert fastcm("sample", "model", "--seeds", "5", "--labels", "all", "--out", "x.npz", "--device", "cpu") == 0
+    assert np.load("x.npz")["arr_1"].tolist() == [0, 1, 2]
+    assert fastcm("sample", "model", "--seeds", "5,6", "--labels", "10,1", "--out", "x.npz", "--device", "cpu") == 0
+    assert np.load("x.npz")["arr_1"].tolist() == [2, 0]
+    assert fastcm("sample", "model", "--report", "--seeds", "5", "--out", "x.png", "--device", "cpu") == 0
+    assert Image.open("x.png").text["fastcm:labels"] == "0,1,2"
+    generator = Generator(tiny_denoiser(), {**INFO, "classes": ["1", "2", "10"]}, device="cpu")
+    assert np.array_equal(generator([5], 1), generator([5], "2")) and not np.array_equal(generator([5], 1), generator([5], "1"))
+
+
+def test_names_with_commas_are_quoted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", tiny_denoiser(), {**INFO, "classes": ["dog", "dog, big", 'a "dog"']})
+    asked = ("--labels", '"dog, big", "a ""dog""",0', "--seeds", "0-2")
+    assert fastcm("sample", "model", *asked, "--out", "x.npz", "--device", "cpu") == 0
+    assert np.load("x.npz")["arr_1"].tolist() == [1, 2, 0]
+    assert fastcm("edit", "interpolate", "model", "--labels", '"dog, big"', "--frames", "2", "--out", "way.png", "--device", "cpu") == 0
+    assert Image.open("way.png").text["fastcm:labels"] == "1"
+    capsys.readouterr()
+    for text, words in (('"dog', "not a list of classes in --labels"), ("dog,,dog", "an empty class in --labels: dog,,dog")):
+        assert fastcm("sample", "model", "--labels", text) == 2 and words in capsys.readouterr().err
+
+
+def test_a_model_with_names_that_no_line_can_hold(tmp_path, capsys):
+    save_model(tmp_path / "model", tiny_denoiser(), {**INFO, "classes": ["ant", "be\ne", "cat"]})
+    for command in ("sample", "info"):
+        assert fastcm(command, tmp_path / "model") == 2
+        assert "a class name with a control character in" in capsys.readouterr().err
+
+
+def test_seeds_of_64_bits_with_and_without_sign(model, expected):
+    asked = f"{2**64 - 1},{2**63},-1"
+    assert fastcm("sample", model, "--seeds", asked, "--labels", "0", "--out", "x.npz", "--device", "cpu") == 0
+    arrays = np.load("x.npz")
+    assert arrays["seeds"].tolist() == [-1, -(2**63), -1] and np.array_equal(arrays["arr_0"], expected([-1, -(2**63), -1], 0))
+
+
 def test_npz_holds_images_labels_and_seeds(model, tmp_path, expected, capsys):
     assert fastcm("sample", model, "--seeds", "3,7-9", "--labels", "bee,2", "--out", "x.npz", "--device", "cpu") == 0
     arrays = np.load("x.npz")
@@ -151,7 +192,7 @@ def test_equal_commands_give_equal_files(model):
         (("sample", "run", "--seeds", "5-"), "--seeds: 5-"),
         (("sample", "run", "--seeds", "9-5"), "empty range in --seeds: 9-5"),
         (("sample", "run", "--seeds", "a"), "--seeds: a"),
-        (("sample", "run", "--seeds", str(2**63)), "seed out of range"),
+        (("sample", "run", "--seeds", str(2**64)), "seed out of range"),
         (("sample", "run", "--labels", "3"), "class out of range in labels: 3"),
         (("sample", "run", "--labels", "bea"), "Did you mean 'bee'"),
         (("sample", "run", "--steps", "0"), "illegal value in steps: 0"),

@@ -19,10 +19,11 @@ from fastcm.cli import main
 from fastcm.errors import InputError
 from fastcm.export import to_web
 from fastcm.generation import editing
+from fastcm.generation.request import seed_array
 from fastcm.weights.model_folder import save_model
 
 PAGE = Path(to_web.PAGE)
-SEEDS = ("0", "7", "-1", "9223372036854775807", "-9223372036854775808", "4294967296", "-4294967297")
+SEEDS = ("0", "7", "-1", "9223372036854775807", "-9223372036854775808", "4294967296", "-4294967297", "18446744073709551615")
 node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 
 
@@ -61,7 +62,7 @@ def test_noise_is_pythons():
         const seeds = {json.dumps(SEEDS)};
         console.log(JSON.stringify(seeds.map((seed) => [0, 3].map((step) => Array.from(philox.normals(seed, 3 * 5 * 7, step))))))
     """)
-    seeds, zero = torch.tensor([int(seed) for seed in SEEDS]), torch.zeros(1, dtype=torch.int64)
+    seeds, zero = torch.from_numpy(seed_array([int(seed) for seed in SEEDS])), torch.zeros(1, dtype=torch.int64)
     expected = torch.stack([kernels.normal(seeds, zero, (3, 5, 7), stream=16 + step) for step in (0, 3)], dim=1)
     np.testing.assert_allclose(np.array(found), expected.flatten(2).numpy(), atol=1e-5)
 
@@ -69,7 +70,7 @@ def test_noise_is_pythons():
 @node
 def test_seeds_are_read_as_64_bits():
     good = {**{seed: [int(seed) & 0xFFFFFFFF, int(seed) >> 32 & 0xFFFFFFFF] for seed in SEEDS}, " +0012 ": [12, 0], "-0": [0, 0]}
-    bad = ["", "x", "1.5", "1e3", "9223372036854775808", "-9223372036854775809", "99999999999999999999", "0x10", "--1"]
+    bad = ["", "x", "1.5", "1e3", "18446744073709551616", "-9223372036854775809", "99999999999999999999", "0x10", "--1"]
     found = in_node(f"""
         const read = (seed) => {{ try {{ return philox.seedWords(seed); }} catch (error) {{ return error.name; }} }};
         console.log(JSON.stringify([{json.dumps(list(good))}, {json.dumps(bad)}].map((seeds) => seeds.map(read))))

@@ -109,7 +109,7 @@ def test_labels_rule():
         ({"seeds": [0], "labels": -1}, "class out of range in labels: -1"),
         ({"seeds": [0], "labels": "cow"}, "unknown class in labels: cow"),
         ({"seeds": [0], "labels": []}, "no class in labels"),
-        ({"seeds": [2**63]}, "seed out of range"),
+        ({"seeds": [2**64]}, "seed out of range"),
         ({"seeds": [0.5]}, "not an integer in seeds"),
         ({"seeds": [0], "steps": 0}, "illegal value in steps: 0"),
         ({"seeds": [0], "steps": 2, "sigmas": (80.0, 1.0)}, "both steps and sigmas"),
