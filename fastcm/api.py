@@ -1,15 +1,17 @@
 """The calls that users make from Python: load a model of any kind as a generator, and bring a picture to its size."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from fastcm.consistency.denoiser import Denoiser, check_channels
-from fastcm.errors import InputError, nearest
+from fastcm.errors import InputError, RunError, nearest
 from fastcm.generation.compiled import chosen_compile
 from fastcm.generation.generator import Generator
+from fastcm.weights import hub
 from fastcm.weights.model_folder import is_model_folder, load_model, read_json
 
 RUN_FORMAT = "fastcm-run"
@@ -17,23 +19,39 @@ PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 STATE_DICTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # a trainer's file, in OpenAI's names
 FILE_KINDS = {".onnx": "onnx", ".pt2": "aot", **dict.fromkeys(STATE_DICTS, "openai"), ".pkl": "edm"}
 MODEL_KINDS = (
-    f"a run folder, a model folder, a diffusers folder, an OpenAI {', '.join(STATE_DICTS)}, an EDM .pkl, or an exported .onnx or .pt2"
+    f"a run folder, a model folder, a diffusers folder, an OpenAI {', '.join(STATE_DICTS)}, an EDM .pkl, or an exported .onnx or .pt2, "
+    "or a model on the hub (hf:owner/name)"
 )
 
 
 def resolve_model(model: str | Path) -> tuple[str, Path]:
     """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm", "onnx" or "aot"; a run folder stands for its model/."""
     path = Path(model)
+    if not path.exists():
+        path = _elsewhere(str(model))
     if path.is_dir():
         return _resolve_folder(path)
-    if not path.exists():
-        raise InputError(f"no such file or folder in MODEL: {path}. Give {MODEL_KINDS}.")
     suffix = path.suffix.lower()
     if suffix in (".plan", ".engine"):
         raise InputError(f"a compiled program in MODEL: {path}. Run it with the tool that built it; fastcm loads {MODEL_KINDS}.")
     if suffix not in FILE_KINDS:
         raise InputError(f"unknown kind of file in MODEL: {path}. Give {MODEL_KINDS}.")
     return FILE_KINDS[suffix], path
+
+
+def _elsewhere(model: str) -> Path:
+    """What a MODEL that is no path here stands for: a model on the hub, fetched. Raises InputError, RunError."""
+    found = hub.hub_id(model)
+    is_bare = not model.startswith(hub.PREFIX)
+    if found is None or (is_bare and find_spec("huggingface_hub") is None):
+        more = "" if found is None else " A model on the hub needs pip install 'fastcm[hub]'."
+        raise InputError(f"no such file or folder in MODEL: {model}. Give {MODEL_KINDS}.{more}")
+    try:
+        return hub.fetch(found)
+    except (InputError, RunError) as error:
+        if not is_bare:
+            raise
+        raise type(error)(f"{error} There is no file or folder {model} here either.") from error
 
 
 def _resolve_folder(path: Path) -> tuple[str, Path]:

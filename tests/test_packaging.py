@@ -81,7 +81,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert not [name for name in others if not name.startswith(("fastcm/data/builtin/", "fastcm/export/"))]
     assert sorted(licences) == ["DIGITS-LICENSE.txt", "EMOJI32-LICENSE.txt", "LICENSE"]
     assert wheel.stat().st_size < 4e6
-    for extra in ("export", "gpu", "metrics", "lpips", "data", "serve", "test"):
+    for extra in ("export", "gpu", "metrics", "lpips", "data", "hub", "serve", "test"):
         assert f"Provides-Extra: {extra}\n" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split()[1].split(">")[0].rstrip(";") for line in required) == "numpy pillow safetensors torch tqdm triton".split()

@@ -15,7 +15,9 @@ def add(subparsers) -> None:
         metavar="SRC",
         help="a run or model folder, a diffusers folder, an OpenAI .pt (.pth, .ckpt, .bin, .safetensors) or an EDM .pkl",
     )
-    parser.add_argument("destination", metavar="DST", type=Path, help="the folder, or .pt file, to write; it must not exist")
+    parser.add_argument(
+        "destination", metavar="DST", help="the folder, or .pt file, to write, which must not exist; or hf:owner/name, to upload"
+    )
     parser.add_argument("--to", choices=FORMATS, help="openai where DST ends in .pt, otherwise fastcm by default")
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels of an OpenAI .pt whose channel multipliers do not tell")
     parser.add_argument("--head-channels", type=int, metavar="N", help="width of an attention head in an OpenAI .pt (64)")
@@ -23,19 +25,27 @@ def add(subparsers) -> None:
         "--form", choices=("edm", "boundary"), help="preconditioning of an OpenAI .pt; edm for edm_*, else boundary by default"
     )
 
+    parser.add_argument("--yes", action="store_true", help="upload to hf:owner/name, into a repository that only you see")
+    parser.add_argument("--public", action="store_true", help="make the new repository of an upload public")
+
 
 def run(args: argparse.Namespace) -> None:
     from fastcm.api import load_denoiser
-    from fastcm.weights import model_folder, openai
+    from fastcm.weights import hub, model_folder, openai
 
-    destination: Path = args.destination
+    if args.destination.startswith(hub.PREFIX):
+        return upload(args)
+    if args.yes or args.public:
+        raise InputError(
+            f"an option of uploads in --{'yes' if args.yes else 'public'}: {args.destination}. Leave it out, or give hf:owner/name."
+        )
+    destination = Path(args.destination)
     target = args.to or ("openai" if destination.suffix == ".pt" else "fastcm")
     if (destination.suffix == ".pt") != (target == "openai"):
         raise InputError(f"{target} as the format of DST: {destination}. An OpenAI checkpoint ends in .pt, other formats are folders.")
     if destination.exists():
         raise InputError(f"DST exists already: {destination}. Name a new one, or remove it first.")
-    options = {"image_size": args.image_size, "head_channels": args.head_channels, "form": args.form}
-    denoiser, info = load_denoiser(args.source, **{name: value for name, value in options.items() if value is not None})
+    denoiser, info = load_denoiser(args.source, **openai_options(args))
     if target == "openai":
         openai.write_openai(destination, denoiser, info)
     elif target == "diffusers":
@@ -47,7 +57,33 @@ def run(args: argparse.Namespace) -> None:
     print(_summary(denoiser, info, destination, target))
 
 
-def _summary(denoiser, info: dict, destination: Path, target: str) -> str:
+def openai_options(args: argparse.Namespace) -> dict:
+    """What was said of a .pt file that does not say it."""
+    options = {"image_size": args.image_size, "head_channels": args.head_channels, "form": args.form}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def upload(args: argparse.Namespace) -> None:
+    """To the hub, after --yes."""
+    from fastcm.api import load_denoiser
+    from fastcm.weights import hub
+
+    destination, target = hub.hub_id(args.destination), args.to or "fastcm"
+    if target == "openai":
+        raise InputError(f"openai as the format of DST: {destination}. Upload as fastcm or diffusers.")
+    denoiser, info = load_denoiser(args.source, **openai_options(args))
+    if not args.yes:
+        size = sum(parameter.numel() for parameter in denoiser.network.parameters()) * 4 / 1e6
+        seen = "that everybody sees" if args.public else "that only you see"
+        what = (
+            f"{destination} would receive card, configuration and weights ({size:,.1f} MB, {target}), in a repository {seen} if it is new"
+        )
+        raise InputError(f"not confirmed in fastcm convert: {what}. Add --yes.")
+    address = hub.push(denoiser, info, destination, form=target, public=args.public)
+    print(f"{_summary(denoiser, info, destination, target)}\n{address}")
+
+
+def _summary(denoiser, info: dict, destination: object, target: str) -> str:
     """One line on what was written; a second where the format cannot hold the noise range."""
     from fastcm.consistency.denoiser import Preconditioning
 

@@ -1,6 +1,7 @@
 """`fastcm export`: a model as one ONNX file, checked against torch before it is written, and as what is built around such a file."""
 
 import argparse
+import re
 from pathlib import Path
 
 from fastcm.cli import export_apps
@@ -51,6 +52,8 @@ def output_path(onnx: str | None, model: Path, plan: str | None = None) -> Path:
         if path.suffix != ".onnx":
             raise InputError(f"unknown kind of file in --onnx: {onnx}. Give a name that ends in .onnx.")
         return path
+    if not model.exists():  # a name of elsewhere
+        return Path(f"{re.split('[@:]', model.name)[0]}.onnx")
     return model / "model.onnx" if model.is_dir() else model.with_suffix(".onnx")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("info", help="describe a model or run", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="a run, model or diffusers folder, an .onnx, an OpenAI .pt or an EDM .pkl")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run, model or diffusers folder, an .onnx, an OpenAI .pt, an EDM .pkl or hf:owner/name"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

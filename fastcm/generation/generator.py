@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from fastcm.generation.request import (
 )
 from fastcm.generation.sampler import CHURNED, TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
 from fastcm.networks.inference import for_inference
+from fastcm.weights import hub
+from fastcm.weights.model_folder import save_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements of one batch at the image's resolution: beyond this a larger batch is no faster, and activations stay below about 1 GB.
@@ -152,6 +155,17 @@ class Generator(EditingTasks):
         for size in batch_sizes:
             self(range(size), steps=steps, sigmas=sigmas)
         return time.perf_counter() - began
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model folder that fastcm.load reads: config.json, model.safetensors (fp32) and a card, README.md."""
+        save_model(Path(folder), self.denoiser, self.info)
+
+    def push_to_hub(self, repository: str, *, private: bool = True) -> str:
+        """Uploads the model folder to `owner/name[@revision][:folder]` on the hub, made where it is new; returns the commit's address.
+
+        Needs `pip install 'fastcm[hub]'` and a token (hf auth login, or HF_TOKEN). Raises InputError, RunError.
+        """
+        return hub.push(self.denoiser, self.info, hub.hub_id(hub.PREFIX + repository.removeprefix(hub.PREFIX)), public=not private)
 
     def sigmas(self, steps: int | None = None, sigmas=None) -> tuple[float, ...]:
         """The noise levels that a call with these arguments visits."""

@@ -5,8 +5,13 @@ from typing import Any
 NOT_STATED = "not stated"
 
 
-def model_card(config: dict[str, Any]) -> str:
-    """Markdown for the content of a model folder's config.json."""
+def hub_heading(form: str) -> str:
+    """What the hub reads at the top of a card: the library, and the kind of task."""
+    return f"---\nlibrary_name: {form}\npipeline_tag: unconditional-image-generation\ntags:\n- fastcm\n- consistency-model\n---\n\n"
+
+
+def model_card(config: dict[str, Any], *, weights: str = "model.safetensors") -> str:
+    """Markdown for the content of a model folder's config.json. weights: the file that holds them."""
     noise, training = config["preconditioning"], config.get("training") or {}
     is_teacher = noise["form"] == "edm"
     classes = config.get("classes")
@@ -30,7 +35,7 @@ def model_card(config: dict[str, Any]) -> str:
 |---|---|
 {rows}
 
-The weights in `model.safetensors` are fp32; `config.json` holds everything else. Nothing here is executed when it is loaded.
+The weights in `{weights}` are fp32; `config.json` holds everything else. Nothing here is executed when it is loaded.
 
 ```
 fastcm sample . --seeds 0-63 {sampler} --out samples.png
