@@ -1,5 +1,5 @@
 # make demo | test | test-all | check | bench | methods | gallery | faults | soak    in .venv, which the first of them makes
-# make gpu STAGE=test|kernels|latency|train PYTHON=python3    with the Python at hand: no venv, no network
+# make gpu STAGE=all|test|kernels|latency|train PYTHON=python3 [ARGS=...]    with the Python at hand: no venv, no network; ARGS=--dry: rehearsed
 
 PYTHON ?= python3
 STAGE ?= test
@@ -72,11 +72,13 @@ LAYOUT := build/layout
 GPU = PYTHONPATH="$(CURDIR)/$(LAYOUT)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONSAFEPATH=1 $(PYTHON)
 
 gpu:
-	@case "$(STAGE)" in test|kernels|latency|train) ;; *) echo "make: unknown STAGE: $(STAGE). Choose test, kernels, latency or train." >&2; exit 2;; esac
+	@case "$(STAGE)" in all|test|kernels|latency|train) ;; *) echo "make: unknown STAGE: $(STAGE). Choose all, test, kernels, latency or train." >&2; exit 2;; esac
 	rm -rf $(LAYOUT) && mkdir -p $(LAYOUT)/fastcm "$(RESULTS)"
 	ln -s "$(CURDIR)"/fastcm/*.py "$(CURDIR)"/fastcm/*/ "$(CURDIR)"/kernels "$(CURDIR)"/export "$(CURDIR)"/benchmarks $(LAYOUT)/fastcm/
-ifeq ($(STAGE),test)
-	$(GPU) -m pytest -m gpu -p no:cacheprovider
+ifeq ($(STAGE),all)
+	$(GPU) -m fastcm.benchmarks.first_hour.stages --out "$(RESULTS)/$(if $(findstring --dry,$(ARGS)),rehearsal,gpu)" $(ARGS)
+else ifeq ($(STAGE),test)
+	$(GPU) -m pytest -m gpu -p no:cacheprovider $(ARGS)
 else
-	$(GPU) -m fastcm bench $(STAGE) --json "$(RESULTS)/$(STAGE).json"
+	$(GPU) -m fastcm bench $(STAGE) --json "$(RESULTS)/$(STAGE).json" $(ARGS)
 endif

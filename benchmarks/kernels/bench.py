@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="only cases of this batch size")
     parser.add_argument("--json", type=Path, help="write rows here, each as it is measured; measured rows are not measured again")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and backends, a few minutes at most")
+    parser.add_argument("--once", action="store_true", help="the first of the cases of each op alone")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     cases = [case for case in (aot_cases() if args.aot else bench_cases()) if args.op in (None, case.op)]
@@ -72,6 +73,8 @@ def measure_cases(cases: list[BenchCase], args: argparse.Namespace) -> int:
         raise InputError("no CUDA device for --device: cuda. Use --device cpu.")
     results = ResultsFile(args.json, identity=BENCH_IDENTITY)
     wrong = 0
+    if args.once:
+        cases = [case for case in cases if case is next(other for other in cases if other.op == case.op)]
     for case in cases:
         if args.batch not in (None, case.shape[0]) or (args.quick and not case.quick) or (device.type == "cpu" and case.bytes > CPU_BYTES):
             continue
