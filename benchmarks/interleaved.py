@@ -14,11 +14,19 @@ PERCENTILES = (20, 50, 80, 95, 99)
 
 
 class Limits(NamedTuple):
-    """How long one interleaved measurement runs: at least `fewest` rounds, then until `seconds` have passed or `most` rounds are done."""
+    """How long one interleaved measurement runs: at least `fewest` rounds, then until `seconds` have passed or `most` rounds are done.
+
+    Where `fewest` would take ten times the seconds, three rounds have to do.
+    """
 
     seconds: float
     fewest: int
     most: int
+
+    def go_on(self, done: int, began: float) -> bool:
+        passed = time.perf_counter() - began
+        least = self.fewest if self.seconds == 0 or passed < 10 * self.seconds else min(self.fewest, 3)
+        return done < least or (done < self.most and passed < self.seconds)
 
 
 def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_s: float = 0.0, warm: int = 0) -> dict[str, np.ndarray]:
@@ -31,7 +39,7 @@ def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_
     order, shuffle = list(calls), random.Random(0).shuffle
     with _no_collection():
         began, done = time.perf_counter(), 0
-        while done < limits.fewest or (done < limits.most and time.perf_counter() - began < limits.seconds):
+        while limits.go_on(done, began):
             shuffle(order)
             for name in order:
                 time.sleep(settle_s)
@@ -50,7 +58,7 @@ def device_rounds(calls: dict[str, Callable[[], object]], limits: Limits) -> dic
     order, shuffle = list(calls), random.Random(0).shuffle
     with _no_collection():
         began, done = time.perf_counter(), 0
-        while done < limits.fewest or (done < limits.most and time.perf_counter() - began < limits.seconds):
+        while limits.go_on(done, began):
             shuffle(order)
             for name in order:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

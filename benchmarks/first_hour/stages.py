@@ -33,6 +33,8 @@ ALL_SECONDS = 720
 LATENCY, TRAIN = ("mnist", "cifar10", "imagenet64"), ("cifar10", "imagenet64")
 # A command is given what is left of its stage and of the whole call, but not started with less than this.
 LEAST_S = 5
+# A processor is given so many times the time of a GPU.
+DRY_PATIENCE = 20
 # Of gpu tests, by what they find: work that only a GPU does, then every kernel against its reference, then what compiles long.
 TESTS = (
     ("graphs", "tests/generation/test_cuda_graph.py tests/generation/test_generator.py tests/data tests/networks"),
@@ -80,9 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         if name not in stages:
             raise InputError(f"unknown stage in --only: {name}. Use some of {', '.join(stages)}.{nearest(name, stages)}")
     results = ResultsFile(args.out / "stages.json", identity=IDENTITY)
-    end = time.monotonic() + args.seconds
+    patience = DRY_PATIENCE if args.dry else 1
+    end = time.monotonic() + args.seconds * patience
     environ = environment(dry=args.dry)
-    rows = [row for name in wanted for row in run_stage(stages[name], results, environ, end)]
+    rows = [row for name in wanted for row in run_stage(stages[name], results, environ, end, patience)]
     write_auto_table(args.out)
     print(*summary(rows), sep="\n")
     return int(any(row["outcome"] != "passed" for row in rows))
@@ -117,9 +120,9 @@ def environment(*, dry: bool) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def run_stage(stage: Stage, results: ResultsFile, environ: dict[str, str], end: float) -> Iterator[Row]:
+def run_stage(stage: Stage, results: ResultsFile, environ: dict[str, str], end: float, patience: int) -> Iterator[Row]:
     """Yields the row of every command, those of earlier calls included."""
-    stage_end = min(end, time.monotonic() + stage.seconds)
+    stage_end = min(end, time.monotonic() + stage.seconds * patience)
     for command in stage.commands:
         row = {"bench": "gpu", "stage": stage.name, "command": command.name}
         if (known := results.find(row)) is None:

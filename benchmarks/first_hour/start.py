@@ -29,7 +29,7 @@ STEPS = 200
 # steps, and on average over the last quarter, where small differences have grown.
 FIRST, MEAN = {"fp32": 1e-4, "bf16": 2e-2}, {"fp32": 2e-2, "bf16": 1e-1}
 # Widths of an attention head in fastcm's networks.
-HEAD_WIDTHS = (16, 32, 64, 128, 256)
+HEAD_WIDTHS = (24, 32, 64, 256)
 BACKENDS = {0: "definition", 1: "flash", 2: "memory-efficient", 3: "cudnn"}
 
 

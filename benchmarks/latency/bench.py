@@ -22,7 +22,7 @@ from fastcm.benchmarks.models import MODELS, Model
 from fastcm.benchmarks.options import add_options, names, one_line, sizes
 from fastcm.benchmarks.results_file import ResultsFile, Row
 from fastcm.errors import RunError
-from fastcm.generation.generator import choose_device
+from fastcm.generation.devices import choose_device
 
 IDENTITY = ("bench", "model", "batch", "backend", "device", "precision")
 # Measured together with every compiled backend; their own rows come from the first such measurement.
@@ -104,7 +104,7 @@ def default_backends(job: Job, quick: bool) -> list[str]:
     if on_cpu:
         skipped |= {"compile_max", "onnxruntime_cuda"} | (set() if job.model.compiled_on_cpu else set(COMPILED))
     else:
-        skipped |= {"onnxruntime_seeded", "onnxruntime_unfolded"}
+        skipped |= {"onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded"}  # beside a GPU hours, and no competitor
     return [name for name in BACKENDS if name not in skipped]
 
 

@@ -2,7 +2,7 @@
 
 `python -m fastcm.benchmarks.latency.generation --model digits,colour32 --images 10000 --json OUT`. On a CPU a phase is its time on the
 thread that draws; writing goes on beside it. On CUDA phases are the profiler's kernels, and the network is what is neither a kernel of
-noise or uint8 nor a copy.
+noise or uint8 nor a copy; what runs by kernels.use("reference") has no such names and counts as network.
 """
 
 import argparse

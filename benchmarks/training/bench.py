@@ -17,7 +17,7 @@ from fastcm.benchmarks.results_file import ResultsFile, Row
 from fastcm.benchmarks.training import child, growth
 from fastcm.benchmarks.training.backends import BACKENDS, Backend, Job, build, synchronize
 from fastcm.benchmarks.training.step_split import PHASES
-from fastcm.generation.generator import choose_device
+from fastcm.generation.devices import choose_device
 
 # A row of `step` is of one batch; those of `memory` and `scaling` are of a value on an axis.
 OPS = ("step", "memory", "scaling")

@@ -19,8 +19,9 @@ COPY_BYTES = 64 << 20
 class Prefetcher:
     """Gives what `dataset.batch(first, size, seed=seed)` gives, and has the batches after it (each `stride` further) prepared meanwhile.
 
-    wait_s: seconds that the caller has waited for batches so far. depth: batches prepared ahead. pin: in page-locked memory, from where
-    copies to a GPU run beside its work. An error of the data set is raised by the call for its batch. Close it, or use it as a context.
+    wait_s: seconds that the caller has waited for batches so far. depth: batches prepared ahead. pin: in page-locked memory, from where the
+    host does not wait for copies to a GPU, which take their turn among its work. An error of the data set is raised by the call for its
+    batch. Close it, or use it as a context.
     """
 
     def __init__(self, dataset: Dataset, *, seed: int, size: int, stride: int, depth: int = 2, pin: bool = False):

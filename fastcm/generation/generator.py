@@ -17,6 +17,7 @@ from fastcm.errors import InputError, RunError, nearest
 from fastcm.generation.compiled import CompiledLevel, chosen_compile
 from fastcm.generation.cuda_choices import exact_fp32
 from fastcm.generation.cuda_graph import CapturedBatch, cause_of, reason_of
+from fastcm.generation.devices import choose_device
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
 from fastcm.generation.request import (
@@ -41,20 +42,6 @@ CPU_ELEMENTS, CUDA_ELEMENTS = 1 << 16, 1 << 21
 # classes has a table of 100 MB.
 LEVELS_KEPT, LEVEL_BYTES_KEPT, GRAPHS_KEPT = 64, 1 << 30, 64
 log = logging.getLogger("fastcm")
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        hint = nearest(str(device), ("auto", "cpu", "cuda"))
-        raise InputError(f"unknown device in --device: {device}. Use auto, cpu or cuda.{hint}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"no CUDA device for --device: {device}. torch {torch.__version__} sees none; use --device cpu.")
-    return chosen
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

@@ -19,7 +19,7 @@ from fastcm.consistency.lpips import LPIPS, STAGES
 from fastcm.consistency.objective import Batch
 from fastcm.data.dataset import Dataset
 from fastcm.evaluation.features import LARGEST_SIDE, JudgeNetwork
-from fastcm.generation.generator import choose_device
+from fastcm.generation.devices import choose_device
 from fastcm.kernels import philox
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig
 from fastcm.training.feature_distance import ClassifierDistance

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from fastcm import evaluation
@@ -39,6 +40,11 @@ class Monitor:
 
             self.writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=trainer.nimg)
         self.last_line = time.monotonic()
+        self.says_compiled = trainer.compiled
+        if trainer.compiled:
+            self.bar.set_description("compiling")
+            if self.bar.disable:
+                print("compiling the network: the first step may take minutes", file=sys.stderr)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -53,8 +59,15 @@ class Monitor:
     def log(self, progress: Progress) -> None:
         """One row of log.jsonl, the bar's figures, TensorBoard's scalars, and on a pipe a plain line now and then."""
         row = {k: v for k, v in asdict(progress).items() if k != "total_nimg"}
+        if self.trainer.device.type == "cuda":
+            row["memory_reserved_gb"] = round(torch.cuda.memory_reserved(self.trainer.device) / 1e9, 3)
+        if self.says_compiled:
+            self.says_compiled = False
+            self.bar.set_description("")
+            tqdm.write(f"first step {self.trainer.first_step_s:.1f} s, compiled; not counted in images/s", file=sys.stderr)
         self.folder.append_log(row)
-        self.bar.set_postfix(loss=f"{progress.loss:.4g}", N=progress.steps, refresh=False)
+        reserved = {"GB": f"{row['memory_reserved_gb']:.1f}"} if "memory_reserved_gb" in row else {}
+        self.bar.set_postfix(loss=f"{progress.loss:.4g}", N=progress.steps, **reserved, refresh=False)
         self._scalars({name: row[name] for name in ("loss", "grad_norm", "lr", "steps", "mu", "images_per_s")}, progress.nimg)
         now = time.monotonic()
         if self.bar.disable and (now - self.last_line >= PLAIN_LINE_EVERY_S or progress.nimg >= progress.total_nimg):
@@ -62,7 +75,8 @@ class Monitor:
             left = (progress.total_nimg - progress.nimg) / max(progress.images_per_s, 1e-9)
             print(
                 f"{progress.nimg / 1000:.1f}/{progress.total_nimg / 1000:g} kimg  loss {progress.loss:.4g}  "
-                f"{progress.images_per_s:.0f} images/s  {max(left, 0):.0f} s left",
+                f"{progress.images_per_s:.0f} images/s  {max(left, 0):.0f} s left"
+                + "".join(f"  {value} GB reserved" for value in reserved.values()),
                 file=sys.stderr,
             )
 

@@ -11,7 +11,7 @@ from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
-from fastcm.generation.generator import choose_device
+from fastcm.generation.devices import choose_device
 from fastcm.training.config import FIELDS_OF, TrainConfig
 from fastcm.training.feature_distance import feature_distance
 from fastcm.training.method_loss import Guides

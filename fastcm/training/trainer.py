@@ -70,7 +70,8 @@ class Trainer:
         guides: Guides | None = None,
         processes: Processes | None = None,
     ):
-        self.config, self.dataset, self.device = config, dataset, device
+        self.config, self.dataset, self.device, self.compiled = config, dataset, device, compiled
+        self.first_step_s: float | None = None  # in which torch.compile works
         self.processes = processes or Processes()
         self.share = self.processes.share(config.batch)
         self.total_nimg = round(config.duration_kimg * 1000)
@@ -303,6 +304,10 @@ class Trainer:
                 values = self.train_step()
                 now = time.monotonic()
                 done = self.nimg >= self.total_nimg
+                if self.first_step_s is None:
+                    self.first_step_s = now - began
+                    if self.compiled and not done:  # which says nothing of the speed
+                        began, began_nimg, began_wait_s = now, self.nimg, self._batches.wait_s
                 if self.processes.is_writer and (done or now - began >= log_every_s):
                     seconds = max(now - began, 1e-9)
                     waited = (self._batches.wait_s - began_wait_s) / seconds

@@ -81,6 +81,7 @@ def test_no_images_are_refused():
         bench_generation.main(["--images", "0"])
 
 
+@pytest.mark.hardware("reads the profiler's kernels")
 @pytest.mark.gpu
 def test_cuda_phases_come_from_the_profiler():
     row = bench_generation.measure(TINY_MODEL, Generator(TINY_MODEL.denoiser(), TINY_MODEL.info, device="cuda"), 4096, "npz", 1)

@@ -144,6 +144,7 @@ def test_measured_rows_become_a_table():
     assert lines[4] == "| renoise | v | 2x8 | 2 | 1 | 812 | 91 |"
 
 
+@pytest.mark.hardware("measures GB/s")
 @pytest.mark.gpu
 def test_timing_on_a_gpu():
     device = torch.device("cuda")

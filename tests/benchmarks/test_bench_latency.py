@@ -270,6 +270,7 @@ def test_a_network_that_diffusers_lacks_is_left_out(capsys):
         latency_backends.BACKENDS["diffusers"](job)
 
 
+@pytest.mark.hardware("Inductor's code, and 8 million weights")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["eager", "fastcm", "fastcm_compile", "compile", "compile_max"])
 def test_latency_backends_on_the_gpu(name):

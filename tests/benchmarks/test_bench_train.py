@@ -175,6 +175,7 @@ def test_the_share_of_a_device(monkeypatch):
     assert row["mfu_percent"] == pytest.approx(31.5, abs=0.1) and row["speedup_over_published_step"] == 3.0
 
 
+@pytest.mark.hardware("steps of 8 million weights: too slow on a processor")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["published_step", "fastcm", "compile"])
 def test_train_backends_on_the_gpu(name):

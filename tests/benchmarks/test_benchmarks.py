@@ -165,6 +165,8 @@ def test_defaults_by_device():
     assert "compile" in bench_latency.default_backends(latency_backends.Job(MODELS["colour32"], 1, CPU, "auto"), True)
     on_gpu = latency_backends.Job(MODELS["imagenet64"], 1, gpu, "auto")
     assert bench_latency.default_backends(on_gpu, False) == ["eager", "diffusers", "fastcm", "fastcm_compile", "compile", "compile_max"]
+    small = latency_backends.Job(MODELS["digits"], 64, gpu, "auto")
+    assert not any(name.startswith("onnxruntime") and name != "onnxruntime_cuda" for name in bench_latency.default_backends(small, False))
     larger = latency_backends.Job(MODELS["imagenet64"], 16, gpu, "auto")
     assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "fastcm_compile", "compile"]
     assert {latency_backends.precision_of(name, on_gpu) for name in ("eager", "diffusers", "fastcm", "compile")} == {"bf16"}

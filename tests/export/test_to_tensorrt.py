@@ -218,6 +218,7 @@ def test_the_engine_is_compared_before_it_is_published(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.timing.cache"] and np.isfinite(done.variation)
 
 
+@pytest.mark.hardware("builds a TensorRT engine")
 @pytest.mark.gpu
 def test_an_engine_on_the_gpu(tmp_path):
     pytest.importorskip("tensorrt")

@@ -203,6 +203,7 @@ def test_a_cuda_graph_replays_with_new_scalars():
     assert_same_bits(eager, graphed)
 
 
+@pytest.mark.hardware("needs gigabytes")
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_beyond_2_to_the_31_elements():

@@ -146,6 +146,7 @@ def test_normal_names_the_bad_argument(arguments, message):
         kernels.normal(seed, position, shape, stream=stream)
 
 
+@pytest.mark.hardware("compares the GPU's fast mathematics, in inline assembly")
 @pytest.mark.gpu
 def test_every_value_of_u_on_a_gpu():
     """All 2^23 radii, at four angles, within 1e-5 of float64."""
@@ -168,6 +169,7 @@ def test_every_value_of_u_on_a_gpu():
         assert (out[1] - radius * np.sin(theta)).abs().max() < 1e-5
 
 
+@pytest.mark.hardware("needs gigabytes")
 @pytest.mark.gpu
 def test_addresses_beyond_two_to_the_31_elements():
     batch, shape, zero = 2**31 // 12288 + 3, (3, 64, 64), ZERO.cuda()

@@ -126,6 +126,7 @@ def test_exports_by_the_reference_with_any_batch():
     assert torch.equal(program.module()(*inputs), precondition_reference(*inputs))
 
 
+@pytest.mark.hardware("needs gigabytes")
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_batches_beyond_2_to_the_31_elements():

@@ -297,11 +297,28 @@ def _patch_profiler(torch) -> None:
 
 
 def _patch_compile(torch) -> None:
-    """Inductor would write code for a GPU: functions stay as they are. Its CUDA graphs need the real allocator."""
+    """Inductor would write code for a GPU: what is compiled runs as it is. Its CUDA graphs need the real allocator."""
+
+    class Uncompiled(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._orig_mod = module
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+        def forward(self, *arguments, **options):
+            return self._orig_mod(*arguments, **options)
+
+    def compile(model=None, **options):
+        if model is None:
+            return lambda function: function
+        return Uncompiled(model) if isinstance(model, torch.nn.Module) else model
+
     trees = types.ModuleType("torch._inductor.cudagraph_trees")
     trees.reset_cudagraph_trees = trees.mark_step_begin = lambda: None
     sys.modules[trees.__name__] = trees
-    torch.compile = lambda model=None, **options: (lambda function: function) if model is None else model
+    torch.compile = compile
 
 
 def _patch_triton(torch, library) -> None:
