@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from fastcm.consistency.denoiser import Denoiser, check_channels
-from fastcm.errors import InputError, RunError, nearest
+from fastcm.errors import InputError, RunError, check_given, nearest
 from fastcm.generation.compiled import chosen_compile
 from fastcm.generation.generator import Generator
 from fastcm.weights import hub
@@ -26,6 +26,7 @@ MODEL_KINDS = (
 
 def resolve_model(model: str | Path) -> tuple[str, Path]:
     """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm", "onnx" or "aot"; a run folder stands for its model/."""
+    check_given("MODEL", model)
     path = Path(model)
     if not path.exists():
         path = _elsewhere(str(model))
@@ -166,6 +167,7 @@ def picture(source, *, resolution: int, channels: int = 3, name: str = "source")
 
     try:
         if isinstance(source, (str, Path)):
+            check_given(name, source)
             if not Path(source).is_file():
                 raise InputError(f"no such file in {name}: {source}. Give a picture.")
             return decode(Path(source), resolution=resolution, channels=channels).transpose(1, 2, 0)

@@ -43,6 +43,12 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
+def check_given(name: str, value: object) -> None:
+    """InputError where an option's value is empty text or an empty path, which would silently mean the current folder."""
+    if isinstance(value, str) and not value.strip():
+        raise InputError(f"empty value in {name}: {value!r}. Give one, or leave it out.")
+
+
 def shown(value: object) -> str:
     """A value for a message, 80 characters at most; None is null, as configuration files write it."""
     text = "null" if value is None else repr(value)

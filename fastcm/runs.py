@@ -12,12 +12,13 @@ from fastcm import networks, presets
 from fastcm.api import load, load_denoiser
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset, open_dataset
-from fastcm.errors import InputError, nearest
+from fastcm.errors import InputError, check_given, nearest, shown
 from fastcm.generation.generator import Generator
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
 from fastcm.training.config_file import read_config_file
 from fastcm.training.parallel import Processes, joined
 from fastcm.training.run import RunResult, check_network, run
+from fastcm.training.starting_point import check_images, like
 from fastcm.training.trainer import Callbacks
 from fastcm.weights.model_folder import network_config
 
@@ -57,25 +58,34 @@ def plan(
     config_file: settings in TOML or JSON, which the other arguments override. complete=False: a plan to look at, which may lack the data
     set of a published preset and the teacher. Raises InputError naming the option at fault.
     """
-    changes = {name: value for name, value in (changes or {}).items() if value is not None}
     written = {} if config_file is None else read_config_file(config_file)
     preset, method, data, teacher, out = (
-        written.pop(name, None) if given is None else given
+        written.get(name) if given is None else given
         for name, given in (("preset", preset), ("method", method), ("data", data), ("teacher", teacher), ("out", out))
     )
-    written = {name: value for name, value in written.items() if name not in PLAN_ARGUMENTS and value is not None}
-    changes = {OPTION_FIELDS.get(name, name): value for name, value in {**written, **changes}.items()}
+    written = {name: value for name, value in written.items() if name not in PLAN_ARGUMENTS}
+    changes = {OPTION_FIELDS.get(name, name): _text(name, value) for name, value in {**written, **(changes or {})}.items()}
+    preset, method, data, teacher, out = (
+        _text(name, given) for name, given in zip(PLAN_ARGUMENTS, (preset, method, data, teacher, out), strict=True)
+    )
+    for option in PLAN_ARGUMENTS:
+        if option in changes:
+            where = "PRESET" if option == "preset" else f"--{option}"
+            raise InputError(f"an option of its own in --set: {option}={shown(changes[option])}. Give it as {where}.")
     name = preset or ("folder" if data is not None else presets.DEFAULT)
-    if name not in presets.PRESETS:
-        presets.preset(name, method=method)  # raises, with a suggestion
+    own = None if name == "folder" else presets.preset(name, method=method, teacher=teacher)
+    teacher_model, init_model = models = tuple(None if path is None else load_denoiser(path) for path in (teacher, changes.get("init")))
+    start_model = init_model or teacher_model  # whose weights the network takes, and so its form, unless it is the user's own
     resolution = changes.pop("resolution", None)
-    own = None if name == "folder" else presets.preset(name, method=None)
-    if own is not None and resolution is None:
-        resolution = own.resolution
+    if own is not None:
+        resolution = own.resolution if resolution is None else resolution
+    elif start_model is not None:  # the pictures are brought to its form, unless told otherwise
+        resolution = start_model[1].get("resolution") if resolution is None else resolution
+        changes = {"channels": start_model[1].get("channels"), **changes}
     source = data if data is not None or own is None else own.data or None
     if source is None and (complete or name == "folder"):
         raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
-    unlabelled = own is not None and changes.get("network.num_classes", own.network["num_classes"]) is None
+    unlabelled = changes.get("network.num_classes", 0 if own is None else own.network["num_classes"]) is None
     dataset = (
         None
         if source is None
@@ -88,8 +98,11 @@ def plan(
         ).for_training()
     )
     label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
-    arguments = {"dataset": dataset, "data": label} if name == "folder" else {}
-    config = presets.preset(name, method=method, teacher=teacher, **arguments)
+    config = own if own is not None else presets.preset(name, method=method, teacher=teacher, dataset=dataset, data=label)
+    if start_model is not None and network is None:
+        if dataset is not None:
+            check_images(start_model[1], dataset, "--teacher" if init_model is None else "--init")
+        config = like(config, start_model[0])
     kind = changes.pop("network.kind", config.network["kind"])
     if kind != config.network["kind"]:
         config = replace(config, network=of_kind(config.network, kind))
@@ -99,14 +112,20 @@ def plan(
     if network is not None:
         check_network(network)
         config = replace(config, network=network_config(network))
-    opened = [None if source is None else load_denoiser(source) for source in (config.teacher, config.init)]
-    if complete and config.method in TAUGHT_METHODS and config.teacher is None:
+    if complete and config.method in TAUGHT_METHODS and teacher is None:
         raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
-    if config.teacher is not None and opened[0][0].preconditioning.form != "edm":
-        raise InputError(f"not a diffusion model in --teacher: {config.teacher}. Train one with --method edm.")
-    own_method = presets.preset(name, method=None, **arguments).method if own is None else own.method
-    default_out = Path("runs") / (name if config.method == own_method else f"{name}-{config.method}")
-    return Plan(config, dataset, Path(out) if out is not None else default_out, network, *opened)
+    if teacher_model is not None and teacher_model[0].preconditioning.form != "edm":
+        raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm.")
+    usual = presets.preset(name, method=None, **({"dataset": dataset, "data": label} if own is None else {})).method
+    default_out = Path("runs") / (name if config.method == usual else f"{name}-{config.method}")
+    return Plan(config, dataset, Path(out) if out is not None else default_out, network, *models)
+
+
+def _text(name: str, value: Any) -> Any:
+    """A path as the text that settings hold; InputError for an empty one."""
+    value = str(value) if isinstance(value, Path) else value
+    check_given(f"--{name.replace('_', '-')}" if "." not in name else f"--set {name}", value)
+    return value
 
 
 def network_fields(network: dict[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from importlib import metadata
 from types import ModuleType
 
 import fastcm
-from fastcm.errors import InputError, PeerError, RunError, nearest
+from fastcm.errors import InputError, PeerError, RunError, check_given, nearest
 
 COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "serve", "info", "bench")
 EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPT, EXIT_PIPE = 2, 1, 130, 141
@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"unknown {action.dest.replace('_', '-')} in {where}: {value}. {remedy}")
 
     def _get_value(self, action: argparse.Action, text: str) -> object:
+        check_given("/".join(action.option_strings) or str(action.metavar or action.dest), text)
         convert = self._registry_get("type", action.type, action.type)
         try:
             return convert(text)

@@ -25,8 +25,8 @@ def add(subparsers) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
     add_data(parser)
-    parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils")
-    parser.add_argument("--init", metavar="MODEL", help="start from this model's weights")
+    parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils; the network is taken from it")
+    parser.add_argument("--init", metavar="MODEL", help="start from this model's weights and network; its classes may be others")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder; runs/PRESET, or runs/PRESET-METHOD, by default")
     parser.add_argument(
         "--duration", metavar="N", type=kimg, help="images to train on, as 500kimg, 2Mimg or 64000img (plain numbers are kimg)"
@@ -40,7 +40,12 @@ def add(subparsers) -> None:
     parser.add_argument("--resolution", type=int, metavar="N", help="side of the pictures after crop and resize")
     parser.add_argument("--compile", help="auto, on or off: torch.compile of the network")
     parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="any other setting, as network.channels=64"
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting, as network.channels=64 or optimizer.ema_rampup=none",
     )
     parser.add_argument("--bad-images", help="fail (default) or skip")
     parser.add_argument("--checkpoint-every", metavar="T", type=seconds, help="time between checkpoints, as 30s or 10m")
@@ -124,7 +129,7 @@ def plan(args: argparse.Namespace):
 
 
 def changes(args: argparse.Namespace) -> dict:
-    """The settings that differ from the preset's, by field."""
+    """The settings that were given, by field: an option that was not is left out, so that None is a value, as in --set clip=none."""
     from fastcm.training.config import parse_value
 
     fields = {
@@ -148,9 +153,10 @@ def changes(args: argparse.Namespace) -> dict:
         "evaluate_every_kimg": args.evaluate_every,
         "sample_every_kimg": args.sample_every,
     }
+    fields = {name: value for name, value in fields.items() if value is not None}
     for setting in args.settings:
         name, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not name or not value.strip():
             raise InputError(f"no value in --set: {setting}. Write it as name=value.")
         fields[name] = parse_value(value)
     return fields

@@ -20,7 +20,7 @@ from fastcm.data.decoding import eight_bits, to_pixels
 from fastcm.data.labels import MAX_CLASSES, check_labels, numbered
 from fastcm.data.sources import BUILT_IN, Listing, Source, find
 from fastcm.data.tables import Columns, no_columns
-from fastcm.errors import InputError, nearest
+from fastcm.errors import InputError, check_given, nearest
 from fastcm.generation.pictures import MODES, to_pil
 from fastcm.weights.class_names import by_name, listed
 
@@ -147,6 +147,8 @@ def open_dataset(
     progress: shows what is done and left while decoding.
     Raises InputError naming the file or the option.
     """
+    for name, given in (("--data", source), ("--labels-file", labels_file)):
+        check_given(name, given)
     if bad_images not in ("fail", "skip"):
         raise InputError(f"unknown value in --bad-images: {bad_images}. Choose fail or skip.{nearest(bad_images, ('fail', 'skip'))}")
     if resolution is not None and not 1 <= resolution <= 4096:

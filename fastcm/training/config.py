@@ -1,5 +1,6 @@
 """What a training run is: frozen settings that check themselves, and `name.field=value` overrides of them."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ from fastcm.consistency.denoiser import Preconditioning
 from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
 from fastcm.consistency.solver import STEPS
 from fastcm.consistency.tangent import TANGENTS
-from fastcm.errors import InputError, nearest
+from fastcm.errors import InputError, nearest, shown
 from fastcm.generation.request import SEED_RANGE, signed
 from fastcm.networks.checks import is_number
 
@@ -141,6 +142,8 @@ class OptimizerConfig:
         _choice("optimizer.kind", self.kind, OPTIMIZERS)
         _choice("optimizer.lr_decay", self.lr_decay, ("none", "linear"))
         _number("--lr", self.lr, 0, open_low=True)
+        if len(self.betas) != 2:
+            raise InputError(f"illegal value in optimizer.betas: {list(self.betas)}. Give two numbers, as 0.9,0.999.")
         for beta in self.betas:
             _number("optimizer.betas", beta, 0, 1)
         _number("optimizer.eps", self.eps, 0, open_low=True)
@@ -200,7 +203,13 @@ class TrainConfig:
         if self.microbatch is not None:
             _number("--microbatch", self.microbatch, 1, whole=True)
         _number("--checkpoint-every", self.checkpoint_every_s, 0)
-        if not isinstance(self.seed, int) or self.seed not in SEED_RANGE:
+        for name in ("teacher", "init", "lpips_weights", "labels_file"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise InputError(f"illegal value in --{name.replace('_', '-')}: {value!r}. Give a path, or leave it out.")
+        if not isinstance(self.flip, bool):
+            raise InputError(f"illegal value in flip: {self.flip}. Give true or false.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed not in SEED_RANGE:
             raise InputError(f"illegal value in --seed: {self.seed}. Give a whole number of 64 bits: from -2^63 to 2^64 - 1.")
         object.__setattr__(self, "seed", signed(self.seed))
         for name in ("evaluate_every_kimg", "sample_every_kimg"):
@@ -243,8 +252,8 @@ def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tu
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # a list for a word, a word for a list
-        given = ", ".join(f"{name}={value}" for name, value in changes.items())
-        raise InputError(f"value of another kind in --set: {given} ({error}). Run fastcm train --dry-run for the defaults.") from None
+        given = ", ".join(f"{name}={shown(value)}" for name, value in changes.items())
+        raise InputError(f"value of another kind in --set: {given[:200]} ({error}). Run fastcm train --dry-run for the defaults.") from None
 
 
 def _overridden(config: TrainConfig, changes: dict[str, Any], network_fields: tuple[str, ...]) -> TrainConfig:
@@ -275,11 +284,11 @@ def _typed(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value of `--set name=value`: a JSON number, list or word; anything else is the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"none": None, "True": True, "False": False}.get(text, text)
+    """A value of `--set name=value`: a JSON number, list or word, none, or numbers with commas; anything else is the text itself."""
+    for form in (text, f"[{text}]") if "," in text else (text,):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(form)
+    return {"none": None, "None": None, "True": True, "False": False}.get(text, text)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from fastcm.errors import InputError
 from fastcm.training.config import FIELDS_OF, TrainConfig
+from fastcm.training.resumed_settings import FACTS
 
 SECTIONS = ("noise", "objective", "optimizer", "network")
 # Facts of a run folder's config.json that are not settings.
-RUN_FACTS = ("format", "version", "dataset", "parameters", "computed_in")
+RUN_FACTS = ("format", "version", *FACTS)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -30,7 +31,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"no settings in --config: {path} ({type(content).__name__} at the top). Give names and values.")
     if content.get("format") == "fastcm-run":
-        content = _settings_of_run(content)
+        try:
+            content = _settings_of_run(content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"broken settings of a run in --config: {path} ({error}). Restore the file from a copy.") from None
     settings = {}
     for name, value in content.items():
         if name in SECTIONS and isinstance(value, dict):

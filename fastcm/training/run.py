@@ -1,7 +1,6 @@
 """A training run from settings to a session: everything is opened and checked before anything is created."""
 
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -12,12 +11,15 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.devices import choose_device
+from fastcm.training.checkpoint import complete_steps
 from fastcm.training.config import FIELDS_OF, TrainConfig
 from fastcm.training.feature_distance import feature_distance
 from fastcm.training.method_loss import Guides
 from fastcm.training.parallel import Processes
+from fastcm.training.resumed_settings import settings
 from fastcm.training.run_folder import RunFolder
 from fastcm.training.session import RunResult, Session
+from fastcm.training.starting_point import check_against, copy_weights
 from fastcm.training.trainer import Callbacks, Trainer
 
 
@@ -56,19 +58,6 @@ def check_network(network: nn.Module) -> None:
             )
 
 
-def check_against(model: Denoiser, info: dict, config: TrainConfig, dataset: Dataset, option: str) -> None:
-    """Refuses a teacher or first model whose images, classes or noise range differ from the run's."""
-    expected = {"resolution": dataset.resolution, "channels": dataset.channels, "classes": len(dataset.class_names or ())}
-    found = {"resolution": info.get("resolution"), "channels": info.get("channels"), "classes": len(info.get("classes") or ())}
-    for field, want in expected.items():
-        if found[field] != want:
-            raise InputError(f"another {field} in {option}: {found[field]} (the run has {want}). Choose a model of the run's data.")
-    for field in ("sigma_min", "sigma_max", "sigma_data", "c_noise"):
-        have, want = getattr(model.preconditioning, field), getattr(config.noise, field)
-        if have != want:
-            raise InputError(f"another {field} in {option}: {have} (the run has {want}). Pass --set noise.{field}={json.dumps(have)}.")
-
-
 def run(
     config: TrainConfig,
     out: Path,
@@ -95,16 +84,20 @@ def run(
         if model is not None:
             check_against(*model, config, dataset, option)
     start = init if init is not None else teacher  # distillation starts from the teacher's weights (Song et al. 2023, section 5.1)
-    if start is not None:
-        copy_weights(network, start[0].network, "--init" if init is not None else "--teacher")
+    note = None if start is None else copy_weights(network, start[0].network, "--teacher" if init is None else "--init")
     if config.objective.tangent == "finite-difference" and precision != "fp32":
         raise InputError(f"too coarse for objective.tangent finite-difference in --precision: {precision}. Use fp32, or the tangent jvp.")
     distance = feature_distance(config, dataset)
     guides = Guides(
         teacher=None if teacher is None else teacher[0].to(device), feature_distance=None if distance is None else distance.to(device)
     )
-    folder = RunFolder(out, settings(config, dataset, network, precision)) if processes.is_writer else None
+    folder = None
+    if processes.is_writer:
+        weights = {"teacher": teacher and teacher[0], "init": init and init[0], "lpips_weights": distance if config.lpips_weights else None}
+        folder = RunFolder(out, settings(config, dataset, network, precision=precision, device=device.type, weights=weights))
     try:
+        if folder is not None and note and not complete_steps(folder.checkpoints):
+            folder.notes.append(note)
         network = network.to(device).train()
         trainer = Trainer(
             config,
@@ -127,23 +120,3 @@ def target_of(network: nn.Module, config: TrainConfig) -> nn.Module | None:
     """The network's moving average that the method's loss looks at; None where the student itself takes its place."""
     needed = "mu_schedule" in FIELDS_OF[config.method] and config.objective.mu_schedule != "zero"
     return copy.deepcopy(network).requires_grad_(False) if needed else None
-
-
-def settings(config: TrainConfig, dataset: Dataset, network: nn.Module, precision: str) -> dict:
-    """What config.json of a run holds: the config and the facts of its data, so that a changed data set is noticed."""
-    count = sum(p.numel() for p in network.parameters())
-    return {
-        **config.as_dict(),
-        "dataset": {"fingerprint": dataset.fingerprint, "images": len(dataset)},
-        "parameters": count,
-        "computed_in": precision,
-    }
-
-
-def copy_weights(network: nn.Module, source: nn.Module, option: str) -> None:
-    """Fills the network with another's weights of the same names and shapes."""
-    state, own = source.state_dict(), network.state_dict()
-    wrong = [name for name in {**own, **state} if name not in state or name not in own or state[name].shape != own[name].shape]
-    if wrong:
-        raise InputError(f"another architecture in {option}: {', '.join(wrong[:3])}. Train both with the same network settings.")
-    network.load_state_dict(state)

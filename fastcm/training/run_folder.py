@@ -8,13 +8,11 @@ import socket
 from pathlib import Path
 
 from fastcm.errors import InputError, RunError
-from fastcm.training.config import differences
+from fastcm.training.resumed_settings import check_resumed
 from fastcm.weights.model_folder import read_json, write_json
 
 FORMAT, VERSION = "fastcm-run", 1
 CONFIG_NAME, LOG_NAME, LOCK_NAME = "config.json", "log.jsonl", ".lock"
-# What may change when a run is resumed: its length, and what leaves the weights as they are, to rounding.
-MAY_CHANGE = ("duration_kimg", "microbatch", "checkpoint_every_s", "evaluate_every_kimg", "sample_every_kimg", "sampling")
 
 
 def is_run_folder(path: Path) -> bool:
@@ -64,22 +62,11 @@ class RunFolder:
         old = read_json(self.path / CONFIG_NAME)
         if old.pop("format", None) != FORMAT or old.pop("version", None) != VERSION:
             raise InputError(f"not a run of this fastcm in --out: {self.path}. Choose another --out.")
-        self._compare(old, settings)
+        try:
+            self.notes += check_resumed(old, settings, self.path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"broken settings in {self.path / CONFIG_NAME}: {error}. Restore the file from a copy.") from None
         return old
-
-    def _compare(self, old: dict, new: dict) -> None:
-        fixed_old = {k: v for k, v in old.items() if k not in MAY_CHANGE}
-        fixed_new = {k: v for k, v in new.items() if k not in MAY_CHANGE}
-        changes = differences(fixed_old, fixed_new)
-        if changes:
-            raise InputError(
-                f"other settings than the run in --out: {self.path} ({'; '.join(changes)}). Use its settings, or another --out."
-            )
-        before, after = old["duration_kimg"], new["duration_kimg"]
-        if after < before:
-            raise InputError(f"shorter than the run in --out: --duration {after:g}kimg ({before:g} -> {after:g}). It may grow, not shrink.")
-        if after > before:
-            self.notes.append(f"duration {before:g} -> {after:g} kimg: learning rate, N and mu follow the new total from here on")
 
     def check_present(self) -> None:
         """RunError where the folder was taken away under the run: what is written later would not be a run."""

@@ -1,0 +1,70 @@
+"""The model that a run starts from or learns from: its network's settings, how it has to agree with the run, its weights."""
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import nn
+
+from fastcm import networks
+from fastcm.consistency.denoiser import Denoiser
+from fastcm.data.dataset import Dataset
+from fastcm.errors import InputError
+from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig
+from fastcm.weights.model_folder import network_config
+
+# What a run decides itself on another model's network: its images and classes, and what is no part of the weights.
+OWN_FIELDS = ("resolution", "in_channels", "out_channels", "num_classes", "dropout", "dropout_resolution", "checkpoint")
+CLASS_TABLES = ("label_emb.", "map_label.")  # the layers whose shape follows the number of classes
+
+
+def like(config: TrainConfig, model: Denoiser) -> TrainConfig:
+    """The run's settings with the network of `model`, for the run's own images and classes, and with the c_noise of that network.
+
+    A method that differentiates by c_noise keeps its own, which `check_against` compares. Networks of users' own change nothing.
+    """
+    theirs = network_config(model.network)
+    if theirs["kind"] not in networks.KINDS:
+        return config
+    config_class, _ = networks.KINDS[theirs["kind"]]
+    own = {f.name: config.network.get(f.name, f.default) for f in fields(config_class) if f.name in OWN_FIELDS}
+    config = replace(config, network={**theirs, **own})
+    if config.method in CONTINUOUS_METHODS and config.objective.tangent != "finite-difference":
+        return config
+    return replace(config, noise=replace(config.noise, c_noise=model.preconditioning.c_noise))
+
+
+def check_images(info: dict[str, Any], dataset: Dataset, option: str) -> None:
+    """Refuses a teacher or first model of other images than the run's, and a teacher of other classes. info: the model's config.json."""
+    expected = {"resolution": dataset.resolution, "channels": dataset.channels, "number of classes": len(dataset.class_names or ())}
+    found = {"resolution": info.get("resolution"), "channels": info.get("channels"), "number of classes": len(info.get("classes") or ())}
+    for field, want in expected.items():
+        if found[field] != want and not (option == "--init" and field == "number of classes"):
+            raise InputError(f"another {field} in {option}: {found[field]} (the run has {want}). Choose a model of the run's data.")
+
+
+def check_against(model: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset, option: str) -> None:
+    """Refuses a teacher or first model whose images, classes or noise range differ from the run's."""
+    check_images(info, dataset, option)
+    for field in ("sigma_min", "sigma_max", "sigma_data", "c_noise"):
+        have, want = getattr(model.preconditioning, field), getattr(config.noise, field)
+        if have != want:
+            raise InputError(f"another {field} in {option}: {have} (the run has {want}). Pass --set noise.{field}={json.dumps(have)}.")
+
+
+def copy_weights(network: nn.Module, source: nn.Module, option: str) -> str | None:
+    """Fills the network with another's weights; its class table stays as it is where that is of another number of classes.
+
+    Returns the line that says so. Raises InputError naming up to three tensors of other names or shapes.
+    """
+    own = network.state_dict()
+    state = {name.removeprefix("_orig_mod."): value for name, value in source.state_dict().items()}
+    wrong = [name for name in {**own, **state} if name not in state or name not in own or state[name].shape != own[name].shape]
+    anew = bool(wrong) and all(name.startswith(CLASS_TABLES) for name in wrong)
+    if wrong and not anew:
+        raise InputError(
+            f"another architecture in {option}: {', '.join(wrong[:3])}. Leave the network's settings out: they are taken from the model."
+        )
+    kept = {name: value for name, value in own.items() if anew and name.startswith(CLASS_TABLES)}
+    network.load_state_dict({**{name: value for name, value in state.items() if name in own}, **kept})
+    return f"another number of classes in {option}: the class table starts anew, all other weights are the model's" if anew else None
