@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"unknown {action.dest.replace('_', '-')} in {where}: {value}. {remedy}")
 
     def _get_value(self, action: argparse.Action, text: str) -> object:
-        check_given("/".join(action.option_strings) or str(action.metavar or action.dest), text)
+        if action.nargs != argparse.PARSER:  # which hands all that follows the command through
+            check_given("/".join(action.option_strings) or str(action.metavar or action.dest), text)
         convert = self._registry_get("type", action.type, action.type)
         try:
             return convert(text)
