@@ -15,7 +15,7 @@ import fastcm
 from fastcm.errors import InputError
 
 FORMAT, VERSION = "fastcm-onnx", 1
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt")
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12-libs", "tensorrt-rtx-cu13-libs")
 
 
 @contextlib.contextmanager
@@ -48,22 +48,22 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def manifest_path(out: Path) -> Path:
-    return out.with_suffix(".manifest.json")
+    return out.with_name(f"{out.name}.manifest.json")
 
 
-def write_manifest(folder: Path, out: Path, content: dict[str, Any]) -> None:
-    """`content` after the format, the versions of what wrote it, and size and sha256 of every file in the folder. No dates: equal
-    exports give equal manifests."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+def write_manifest(folder: Path, out: Path, content: dict[str, Any], *, form: tuple[str, int] = (FORMAT, VERSION)) -> None:
+    """`content` after `form`, the versions of what wrote it, and size and sha256 of every file in the folder. No dates: equal exports
+    give equal manifests. form: the manifest's format and its version."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     versions = {"fastcm": fastcm.__version__}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    whole = {"format": FORMAT, "version": VERSION, "files": files, "versions": versions, **content}
+    whole = {"format": form[0], "version": form[1], "files": files, "versions": versions, **content}
     text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / manifest_path(out).name).write_text(text, encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """A denoiser to an ONNX file that is published only after ONNX Runtime has made torch's images with it."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, RunError, nearest
 from fastcm.export import publish
 from fastcm.export.fusion import Fusion, fuse
-from fastcm.export.onnx_metadata import metadata
+from fastcm.export.onnx_metadata import CONFIG, metadata
 from fastcm.export.parity import Comparison, check_images, cpu_run, variation
 from fastcm.export.program import Program, build, example_inputs, export_program
 from fastcm.export.quiet import quiet
@@ -32,13 +33,15 @@ EDIT_STEPS = 4
 class Exported(NamedTuple):
     """What `export_onnx` made: the file, its form and noise levels, and the comparisons with torch, one per batch size.
 
-    reference: the fp32 program that it was compared with. variation: how much pixels change with the seed; below parity.VARIATION the
-    comparisons say little. fusion: what ONNX Runtime's own optimisation made of it, None where it was not asked for.
+    config: the model's, as the file has it. reference: the fp32 program that it was compared with. variation: how much pixels change with
+    the seed; below parity.VARIATION the comparisons say little. fusion: what ONNX Runtime's own optimisation made of it, None where it was
+    not asked for.
     """
 
     path: Path
     contract: Contract
     sigmas: tuple[float, ...]
+    config: dict
     target: str
     opset: int
     comparisons: list[Comparison]
@@ -94,7 +97,8 @@ def export_onnx(
             fusion = fuse(folder / out.name, contract)
             check_structure(folder / out.name, contract, runtime)
         comparisons = check_images(cpu_run(folder / out.name), reference, contract, name=out.name)
-        exported = Exported(out, contract, levels, target, opset, comparisons, reference, changes, fusion)
+        config = json.loads(properties[CONFIG])
+        exported = Exported(out, contract, levels, config, target, opset, comparisons, reference, changes, fusion)
         publish.write_manifest(folder, out, _manifest(exported, runtime))
         publish.publish(folder, out)
     return exported

@@ -1,28 +1,37 @@
-"""An exported graph as a TensorRT engine: built and compared where TensorRT and a GPU are, else the commands that build it elsewhere."""
+"""An exported graph as an engine: by TensorRT for RTX on any machine, by TensorRT beside its GPU, else the commands for it."""
 
-import importlib.util
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from fastcm.errors import InputError, RunError
+from fastcm.errors import InputError
 from fastcm.export import publish
-from fastcm.export.parity import BATCHES, Comparison, Run, check_images
+from fastcm.export.compiler import Profile, compile_graph
+from fastcm.export.gpus import current_capability
+from fastcm.export.parity import BATCHES, Comparison, check_images
 from fastcm.export.to_onnx import Exported
 from fastcm.generation.onnx_contract import Contract
+from fastcm.generation.plan_engine import Batches, PlanEngine
+from fastcm.generation.plan_generator import FORMAT, VERSION
+from fastcm.generation.tensorrt_bindings import DATACENTER, RTX, bindings, installed, logger
 
 DEFAULT_BATCHES = (1, 4, 16)
+LICENCES = {
+    RTX: "the runtime is NVIDIA's: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/reference/sla.html",
+    DATACENTER: "the runtime is NVIDIA's: https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/sla.html",
+}
 
 
-class Profile(NamedTuple):
-    """The batches that an engine serves: the smallest, the one that it is tuned for, the largest."""
+class Engine(NamedTuple):
+    """What `build_engine` made. comparisons: with torch, or None where this machine cannot run it."""
 
-    smallest: int
-    tuned: int
-    largest: int
+    path: Path
+    capabilities: tuple[tuple[int, int], ...]
+    layers: int
+    comparisons: list[Comparison] | None
 
 
 def profile(batches: tuple[int, ...] | None, batch: int | None) -> Profile:
@@ -38,13 +47,13 @@ def profile(batches: tuple[int, ...] | None, batch: int | None) -> Profile:
 
 
 def can_build() -> bool:
-    """True where the Python package tensorrt and a CUDA device are."""
-    return importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available()
+    """True where TensorRT and a CUDA device are."""
+    return installed(DATACENTER) and torch.cuda.is_available()
 
 
 def trtexec(onnx: Path, plan: Path, contract: Contract, batches: Profile) -> list[str]:
     """The command that builds the engine. Types come from the graph: TensorRT 11 knows no other way, 10 is told to."""
-    command = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--stronglyTyped", f"--timingCacheFile={_cache(plan)}"]
+    command = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--stronglyTyped", "--noTF32", f"--timingCacheFile={_cache(plan)}"]
     if contract.batch is None:
         for option, batch in zip(("--minShapes", "--optShapes", "--maxShapes"), batches, strict=True):
             shapes = [f"{name}:{'x'.join(map(str, contract.shape(name, batch)))}" for name in contract.inputs]
@@ -91,56 +100,58 @@ def write_commands(exported: Exported, plan: Path, batches: Profile) -> Path:
     return script
 
 
-def build_engine(exported: Exported, plan: Path, batches: Profile) -> list[Comparison]:
-    """Builds `plan` from the exported file on this machine's GPU, strongly typed, and publishes it if it makes torch's images."""
-    import tensorrt as trt
+def build_engine(
+    exported: Exported,
+    plan: Path,
+    batches: Profile,
+    *,
+    kind: str = DATACENTER,
+    capabilities: tuple[tuple[int, int], ...] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Engine:
+    """Builds `plan` from the exported file, strongly typed, and publishes it with its manifest; RunError where the compiler refuses.
 
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    # TensorRT 11 builds every network so and may drop the flag.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(exported.path)):
-        raise RunError(f"TensorRT refuses {exported.path}: {parser.get_error(0)}. No engine was written.")
-    config, cache = builder.create_builder_config(), _cache(plan)
-    timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-    config.set_timing_cache(timings, ignore_mismatch=True)
-    if exported.contract.batch is None:
-        shapes = builder.create_optimization_profile()
-        for name in exported.contract.inputs:
-            shapes.set_shape(name, *(exported.contract.shape(name, batch) for batch in batches))
-        config.add_optimization_profile(shapes)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise RunError(f"TensorRT builds no engine from {exported.path}: see its messages above. No engine was written.")
+    kind: RTX, for cards of these capabilities wherever it is built, or DATACENTER, for this machine's (None). Where this machine's card is
+    among them, the engine must make torch's images first.
+    """
+    plan, cache = Path(plan), _cache(plan)
+    here = current_capability() if capabilities is None else None
+    timings = None if kind == RTX else cache.read_bytes() if cache.is_file() else b""
+    made = compile_graph(kind, exported.path, exported.contract, batches, capabilities=capabilities, timings=timings, progress=progress)
+    built_for = capabilities or (here,)
+    comparisons = None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() in built_for:
+        comparisons = _compared(kind, made.engine, exported, batches, name=plan.name)
     with publish.staging(plan, option="--tensorrt") as folder:
-        (folder / plan.name).write_bytes(bytes(engine))
-        run = engine_run(trt, logger, bytes(engine), exported.contract)
-        sizes = [batch for batch in BATCHES if batches.smallest <= batch <= batches.largest] or [batches.tuned]
-        comparisons = check_images(run, exported.reference, exported.contract, name=plan.name, batches=sizes)
-        (folder / cache.name).write_bytes(bytes(timings.serialize()))
+        (folder / plan.name).write_bytes(made.engine)
+        publish.write_manifest(folder, plan, _manifest(kind, exported, batches, built_for, comparisons), form=(FORMAT, VERSION))
+        if made.timings is not None:
+            (folder / cache.name).write_bytes(made.timings)
         publish.publish(folder, plan)
-    return comparisons
+    return Engine(plan, built_for, made.layers, comparisons)
 
 
-def engine_run(trt, logger, engine: bytes, contract: Contract) -> Run:
-    """A serialised engine as a function of feeds, on torch's current CUDA device and stream."""
-    context = trt.Runtime(logger).deserialize_cuda_engine(engine).create_execution_context()
+def _compared(kind: str, engine: bytes, exported: Exported, batches: Profile, *, name: str) -> list[Comparison]:
+    limits = Batches(batches.smallest, batches.largest)
+    run = PlanEngine(bindings(kind), logger(kind), engine, exported.contract, limits, name=name).run
+    sizes = [batch for batch in BATCHES if batches.smallest <= batch <= batches.largest] or [batches.tuned]
+    return check_images(run, exported.reference, exported.contract, name=name, batches=sizes)
 
-    def run(feeds: dict[str, np.ndarray]) -> np.ndarray:
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).cuda() for name, array in feeds.items()}
-        shape, dtype = contract.output
-        count = len(next(iter(feeds.values())))
-        images = torch.empty((count, *shape), dtype=torch.uint8 if dtype == np.uint8 else torch.float32, device="cuda")
-        for name, tensor in tensors.items():
-            context.set_input_shape(name, tuple(tensor.shape))
-        for name, tensor in {**tensors, "images": images}.items():
-            context.set_tensor_address(name, tensor.data_ptr())
-        stream = torch.cuda.current_stream()
-        if not context.execute_async_v3(stream.cuda_stream):
-            raise RunError("TensorRT failed to run the engine. No engine was written.")
-        stream.synchronize()
-        return images.cpu().numpy()
 
-    return run
+def _manifest(kind: str, exported: Exported, batches: Profile, capabilities, comparisons: list[Comparison] | None) -> dict:
+    return {
+        "engine": {
+            "runtime": kind,
+            "version": bindings(kind).__version__,
+            "capabilities": [list(capability) for capability in capabilities],
+            "profile": list(batches),
+        },
+        "onnx": {"name": exported.path.name, "sha256": publish.sha256(exported.path)},
+        "graph": exported.contract._asdict(),
+        "sigmas": list(exported.sigmas),
+        "config": exported.config,
+        "licence": LICENCES[kind],
+        "compared with torch": "not here: no such card"
+        if comparisons is None
+        else {"tolerance": exported.contract.tolerance, "batches": [row._asdict() for row in comparisons]},
+    }

@@ -15,17 +15,20 @@ from fastcm.weights import hub
 from fastcm.weights.model_folder import is_model_folder, load_model, read_json
 
 RUN_FORMAT = "fastcm-run"
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
 STATE_DICTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # a trainer's file, in OpenAI's names
-FILE_KINDS = {".onnx": "onnx", ".pt2": "aot", **dict.fromkeys(STATE_DICTS, "openai"), ".pkl": "edm"}
+PROGRAMS = {".onnx": "onnx", ".pt2": "aot", ".plan": "plan", ".engine": "plan"}
+FILE_KINDS = {**PROGRAMS, **dict.fromkeys(STATE_DICTS, "openai"), ".pkl": "edm"}
+EXPORTED = frozenset(PROGRAMS.values())
+ENGINE_DEVICES = {"auto", "cuda", "tensorrt", "tensorrt-rtx"}
 MODEL_KINDS = (
-    f"a run folder, a model folder, a diffusers folder, an OpenAI {', '.join(STATE_DICTS)}, an EDM .pkl, or an exported .onnx or .pt2, "
-    "or a model on the hub (hf:owner/name)"
+    f"a run folder, a model folder, a diffusers folder, an OpenAI {', '.join(STATE_DICTS)}, an EDM .pkl, "
+    "an exported .onnx, .pt2 or .plan, or a model on the hub (hf:owner/name)"
 )
 
 
 def resolve_model(model: str | Path) -> tuple[str, Path]:
-    """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm", "onnx" or "aot"; a run folder stands for its model/."""
+    """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm" or one of EXPORTED; a run folder stands for its model/."""
     check_given("MODEL", model)
     path = Path(model)
     if not path.exists():
@@ -33,8 +36,6 @@ def resolve_model(model: str | Path) -> tuple[str, Path]:
     if path.is_dir():
         return _resolve_folder(path)
     suffix = path.suffix.lower()
-    if suffix in (".plan", ".engine"):
-        raise InputError(f"a compiled program in MODEL: {path}. Run it with the tool that built it; fastcm loads {MODEL_KINDS}.")
     if suffix not in FILE_KINDS:
         raise InputError(f"unknown kind of file in MODEL: {path}. Give {MODEL_KINDS}.")
     return FILE_KINDS[suffix], path
@@ -84,7 +85,7 @@ def load_denoiser(model: str | Path, *, network: nn.Module | None = None, **opti
         raise InputError(f"an option for OpenAI's .pt files in --{name}: {model}. Leave it out: this file says so itself.")
     if kind == "folder":
         return load_model(path, network=network)
-    if kind in ("onnx", "aot"):
+    if kind in EXPORTED:
         raise InputError(f"an exported graph in MODEL: {path}. Its weights cannot be taken out; give the folder it was exported from.")
     if kind == "openai":
         from fastcm.weights.openai import read_openai as read
@@ -109,16 +110,17 @@ def load(
 ):
     """Returns a generator: generator(seeds, labels=None, *, steps=None, sigmas=None, output="uint8") -> images.
 
-    model: a run folder, model folder, diffusers folder, OpenAI .pt, EDM .pkl, exported .onnx or .pt2; no pickle is executed.
+    model: a run folder, model folder, diffusers folder, OpenAI .pt, EDM .pkl, exported .onnx, .pt2 or .plan; no pickle is executed.
     device: "auto", "cpu", "cuda" or "cuda:N"; precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16"; both for torch.
-    provider: "auto", "cpu", "cuda" or "tensorrt": what ONNX Runtime runs an .onnx file on; a strict error where it is not available.
+    provider: "auto", "cpu", "cuda", "tensorrt" or "tensorrt-rtx": what ONNX Runtime runs an .onnx file on; an error where it is not there.
     compile: "on" runs torch.compile on each noise level at its first use (`generator.warm()`); "auto" and "off" do not.
-    trust: load a .pt2, which is a program: that runs its code. network: the module to fill where the model has a class of the user's own.
+    trust: load a .pt2 or .plan, which are programs: that runs their code.
+    network: the module to fill where the model has a class of the user's own.
     """
     if provider not in PROVIDERS:
         raise InputError(f"unknown value in --provider: {provider}. Use one of {', '.join(PROVIDERS)}.{nearest(str(provider), PROVIDERS)}")
     kind, path = resolve_model(model)
-    if chosen_compile(compile) and kind in ("onnx", "aot"):
+    if chosen_compile(compile) and kind in EXPORTED:
         raise InputError(f"torch.compile for an exported file in --compile: {path}. Leave --compile out.")
     if kind == "onnx":
         from fastcm.generation.onnx_generator import OnnxGenerator
@@ -126,9 +128,11 @@ def load(
         return OnnxGenerator(path, provider=_onnx_provider(provider, device))
     if kind == "aot":
         return _package(path, trust=trust, elsewhere={provider, str(device).partition(":")[0]} - {"auto", "cpu"})
+    if kind == "plan":
+        return _engine(path, trust=trust, elsewhere={provider, str(device).partition(":")[0]} - ENGINE_DEVICES)
     if provider != "auto":
-        if provider == "tensorrt":
-            raise InputError(f"provider tensorrt for a torch model in --provider: {path}. Export it first: fastcm export {path} --onnx.")
+        if provider.startswith("tensorrt"):
+            raise InputError(f"provider {provider} for a torch model in --provider: {path}. Export it first: fastcm export {path} --onnx.")
         device = provider if device == "auto" else device
     denoiser, info = load_denoiser(model, network=network)
     return Generator(denoiser, info, device=device, precision=precision, compile=compile)
@@ -136,13 +140,27 @@ def load(
 
 def _package(path: Path, *, trust: bool, elsewhere: set[str]):
     """The generator of a .pt2. elsewhere: devices asked for that it was not compiled for."""
-    if not trust:
-        raise InputError(f"a program in MODEL: {path}. Loading it runs its code: give --trust (Python: trust=True) if you trust it.")
+    _check_trust(path, trust)
     if elsewhere:
         raise InputError(f"a program for CPUs in MODEL: {path}. Leave out --device and --provider: {', '.join(sorted(elsewhere))}.")
     from fastcm.generation.aot_generator import AotGenerator
 
     return AotGenerator(path)
+
+
+def _engine(path: Path, *, trust: bool, elsewhere: set[str]):
+    """The generator of a .plan. elsewhere: devices asked for that it was not built for."""
+    _check_trust(path, trust)
+    if elsewhere:
+        raise InputError(f"an engine for CUDA in MODEL: {path}. Leave out --device and --provider: {', '.join(sorted(elsewhere))}.")
+    from fastcm.generation.plan_generator import PlanGenerator
+
+    return PlanGenerator(path)
+
+
+def _check_trust(path: Path, trust: bool) -> None:
+    if not trust:
+        raise InputError(f"a program in MODEL: {path}. Loading it runs its code: give --trust (Python: trust=True) if you trust it.")
 
 
 def _onnx_provider(provider: str, device: str) -> str:

@@ -48,9 +48,10 @@ def add(subparsers) -> None:
     classes = "classes by number or name, quoted as in CSV; omitted: seed mod classes"
     parser.add_argument("--labels", metavar="LIST", type=label_list, help=classes)
     parser.add_argument("--seeds", metavar="LIST", type=seed_list, help="one picture each (default: 0; interpolate: 0,1)")
-    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
+    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda, tensorrt or tensorrt-rtx")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
+    parser.add_argument("--trust", action="store_true", help="load files that hold programs")
     parser.add_argument("--out", metavar="FILE.png", type=Path, help="the picture (default: TASK.png; for several seeds FILE-SEED.png)")
 
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix.lower() != ".png":
         raise InputError(f"unknown kind of file in --out: {out}. Give a name that ends in .png.")
     check(args)
-    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider)
+    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
     if not hasattr(generator, args.task):
         other = f"Export it with --task {args.task}, or edit" if args.task in ("inpaint", "superres") else "Edit"
         raise InputError(f"no {args.task} in an exported graph in MODEL: {args.model}. {other} with the folder that it was exported from.")

@@ -42,7 +42,8 @@ def add(subparsers) -> None:
     parser.add_argument("--save", action="store_true", help="write the levels that were found into the model, for --steps K to use")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for sampling")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for sampling")
-    parser.add_argument("--provider", default="auto", help="auto, cpu, cuda or tensorrt: what runs an .onnx file")
+    parser.add_argument("--provider", default="auto", help="auto, cpu, cuda, tensorrt or tensorrt-rtx: what runs an .onnx file")
+    parser.add_argument("--trust", action="store_true", help="load files that hold programs")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write every figure and the protocol to this file")
     parser.add_argument("--report", metavar="DIR", type=Path, help="write a page with pictures, curves and figures: DIR/index.html")
 

@@ -77,7 +77,7 @@ def open_model(args: argparse.Namespace) -> Measured:
     from fastcm.evaluation.samples import check_shape
     from fastcm.generation.request import label_array
 
-    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider)
+    generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
     dataset = None
     if args.data is not None:
         dataset = open_dataset(

@@ -26,8 +26,10 @@ def add(subparsers) -> None:
     fusions = "apply ONNX Runtime's own fusions, where they change nothing; the graph then needs ONNX Runtime"
     parser.add_argument("--optimize", action="store_true", help=fusions)
     parser.add_argument("--task", default="generate", help="generate (default), or an edit: inpaint, superres")
-    engine = "build an engine from the graph; without TensorRT and a GPU: write the commands that build it"
+    engine = "build an engine: with --gpu on any machine, without on one with a GPU; elsewhere write the commands that build it"
     parser.add_argument("--tensorrt", metavar="OUT.plan", help=engine)
+    cards = "--tensorrt: build for these cards by TensorRT for RTX: rtx50, rtx40, rtx30, rtx20, a100-class, sm_NN; or current"
+    parser.add_argument("--gpu", metavar="LIST", help=cards)
     parser.add_argument("--profile", type=batch_list, metavar="MIN,OPT,MAX", help="the engine's batches (default: 1,4,16)")
     parser.add_argument("--factor", type=int, metavar="P", help="superres: the enlargement (default: 4)")
     export_apps.add_options(parser)
@@ -69,12 +71,19 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"unknown kind of file in --tensorrt: {plan}. Give a name that ends in .plan.")
     if plan is None and args.profile is not None:
         raise InputError("an option of --tensorrt alone: --profile. Give --tensorrt OUT.plan, or leave it out.")
+    if plan is None and args.gpu is not None:
+        raise InputError("an option of --tensorrt alone: --gpu. Give --tensorrt OUT.plan, or leave it out.")
     target = args.target or ("ort" if plan is None else "tensorrt")
-    denoiser, info = api.load_denoiser(args.model)
 
-    from fastcm.export import to_onnx, to_tensorrt
+    from fastcm.export import gpus, to_onnx, to_tensorrt
     from fastcm.export.parity import VARIATION, table
+    from fastcm.generation import tensorrt_bindings
 
+    cards = None
+    if args.gpu is not None:
+        cards = gpus.capabilities(args.gpu.split(",")) or (gpus.current_capability(),)
+        tensorrt_bindings.bindings(tensorrt_bindings.RTX)  # what is missing is said before the export, which takes longer
+    denoiser, info = api.load_denoiser(args.model)
     batches = to_tensorrt.profile(args.profile, args.batch)
     exported = to_onnx.export_onnx(
         denoiser,
@@ -103,18 +112,29 @@ def run(args: argparse.Namespace) -> int:
         change = "kept" if exported.fusion.kept else "not kept"
         print(f"ONNX Runtime's fusions: {exported.fusion.nodes_before} nodes to {exported.fusion.nodes_after}, {change}")
     if plan is not None:
-        engine(exported, plan, batches)
+        engine(exported, plan, batches, cards)
     return 0
 
 
-def engine(exported, plan: Path, batches) -> None:
-    """The engine itself, or the script that builds it."""
-    from fastcm.export import to_tensorrt
-    from fastcm.export.parity import table
+def engine(exported, plan: Path, batches, cards) -> None:
+    """The engine itself, or the script that builds it. cards: compute capabilities for TensorRT for RTX, None for TensorRT on this one."""
+    from tqdm import tqdm
 
-    if not to_tensorrt.can_build():
+    from fastcm.export import gpus, to_tensorrt
+    from fastcm.export.parity import table
+    from fastcm.generation.tensorrt_bindings import DATACENTER, RTX, RUNTIMES
+
+    if cards is None and not to_tensorrt.can_build():
         script = to_tensorrt.write_commands(exported, plan, batches)
-        print(f"{script} (no TensorRT or no GPU here: run it beside the .onnx on a machine that has both)")
+        remedy = "run it beside the .onnx on a machine that has both, or build here for an RTX card: --gpu rtx50"
+        print(f"{script} (no TensorRT or no GPU here: {remedy})")
         return
-    print("TensorRT against torch", *table(to_tensorrt.build_engine(exported, plan, batches), exported.contract.tolerance), sep="\n")
-    print(plan)
+    kind = DATACENTER if cards is None else RTX
+    with tqdm(bar_format="{desc} {elapsed}", disable=None) as bar:  # a terminal's alone
+        progress = lambda phase: bar.set_description_str(f"{RUNTIMES[kind].name}: {phase}")  # noqa: E731
+        built = to_tensorrt.build_engine(exported, plan, batches, kind=kind, capabilities=cards, progress=progress)
+    if built.comparisons is not None:
+        print(f"{RUNTIMES[kind].name} against torch", *table(built.comparisons, exported.contract.tolerance), sep="\n")
+    size, names = built.path.stat().st_size / 1e6, ", ".join(gpus.sm(capability) for capability in built.capabilities)
+    unseen = "" if built.comparisons is not None else "; its images are compared where it first runs"
+    print(f"{built.path} ({size:.1f} MB, {built.layers} layers, for {names}, batches {', '.join(map(str, batches))}{unseen})")

@@ -27,7 +27,7 @@ def wanted(args: argparse.Namespace) -> bool:
     others = [option for option, given in (("--onnx", args.onnx is not None), ("--tensorrt", args.tensorrt is not None)) if given]
     if len(chosen) + len(others) > 1:
         raise InputError(f"several targets at once in fastcm export: {', '.join([*chosen, *others])}. Give one of them.")
-    fixed = [("--target", args.target), ("--profile", args.profile)]
+    fixed = [("--target", args.target), ("--profile", args.profile), ("--gpu", args.gpu)]
     if args.aot is None:
         fixed += [("--batch", args.batch)]
     else:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser("info", help="describe a model or run", description=__doc__)
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run, model or diffusers folder, an .onnx, an OpenAI .pt, an EDM .pkl or hf:owner/name"
-    )
+    models = "a run, model or diffusers folder, an .onnx or .plan, an OpenAI .pt, an EDM .pkl or hf:owner/name"
+    parser.add_argument("model", metavar="MODEL", help=models)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,6 +18,8 @@ def run(args: argparse.Namespace) -> int:
     lines = {"model": f"{path} ({kind})"}
     if kind == "onnx":
         lines |= _onnx(path)
+    elif kind == "plan":
+        lines |= _plan(path)
     else:
         lines |= _denoiser(*api.load_denoiser(args.model))
     if api.is_run_folder(Path(args.model)):
@@ -44,6 +45,20 @@ def _onnx(path: Path) -> dict[str, str]:
     generator = OnnxGenerator(path, provider="cpu")
     graph = f"sigmas {','.join(f'{sigma:g}' for sigma in generator.graph_sigmas)}, {generator.precision}"
     return {**_config(generator.info), "graph": graph, **_preconditioning(generator.info["preconditioning"])}
+
+
+def _plan(path: Path) -> dict[str, str]:
+    """What the manifest says; the engine is not loaded."""
+    from fastcm.generation.plan_generator import read_manifest
+    from fastcm.generation.tensorrt_bindings import RUNTIMES
+
+    content = read_manifest(path)
+    engine, graph = content["engine"], content["graph"]
+    cards = ", ".join(f"sm_{major}{minor}" for major, minor in engine["capabilities"])
+    batches = " to ".join(str(batch) for batch in sorted({engine["profile"][0], engine["profile"][2]}))
+    lines = {"engine": f"{RUNTIMES[engine['runtime']].name} {engine['version']} for {cards}, batches of {batches}"}
+    lines["graph"] = f"sigmas {','.join(f'{sigma:g}' for sigma in content['sigmas'])}, {graph['precision']}, of {content['onnx']['name']}"
+    return {**_config(content["config"]), **lines, **_preconditioning(content["config"]["preconditioning"])}
 
 
 def _config(info: dict) -> dict[str, str]:

@@ -31,7 +31,7 @@ def add(subparsers) -> None:
     parser.add_argument("--sampler", help="consistency; for diffusion teachers heun (their default), euler, dpm, ancestral")
     churn = "heun and dpm: S_churn, or S_churn,S_tmin,S_tmax,S_noise (default: 0)"
     parser.add_argument("--churn", type=number_list("--churn"), metavar="LIST", help=churn)
-    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
+    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda, tensorrt or tensorrt-rtx")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     parser.add_argument("--report", action="store_true", help="a labelled PNG: seeds by classes, or a caption under each picture")
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     kind, out = output_path(args.out, Path(args.model), report=args.report)
     if args.grid is not None and args.timesteps is None:
         raise InputError(f"missing option beside --grid: --timesteps. Give both, as --timesteps 0,22,39 --grid {args.grid}.")
-    if args.churn is not None and api.resolve_model(args.model)[0] in ("onnx", "aot"):
+    if args.churn is not None and api.resolve_model(args.model)[0] in api.EXPORTED:
         raise InputError(f"a solver's option for an exported graph in --churn: {args.model}. Use the folder that it was exported from.")
     generator = api.load(args.model, device=args.device, precision=args.precision, provider=args.provider, trust=args.trust)
     by_class = args.report and args.labels in (None, ["all"]) and 0 < len(generator.classes or ()) <= MOST_COLUMNS

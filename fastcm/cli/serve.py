@@ -19,7 +19,7 @@ def add(subparsers) -> None:
     parser.add_argument("--max-seeds", type=int, default=SEEDS, metavar="N", help=f"images of one request (default: {SEEDS})")
     parser.add_argument("--max-queue", type=int, default=QUEUE, metavar="N", help=f"images that may wait; beyond: 503 (default: {QUEUE})")
     parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of one request; beyond: 413 (default: 1048576)")
-    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda or tensorrt")
+    parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda, tensorrt or tensorrt-rtx")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     parser.add_argument("--compile", default="auto", help="on: torch.compile, before the first request; auto (default) and off: not")

@@ -9,7 +9,7 @@ import torch
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, RunError
 from fastcm.generation.onnx_contract import Contract
-from fastcm.generation.onnx_generator import BATCH_ELEMENTS, Feeds, OnnxGenerator
+from fastcm.generation.onnx_generator import Feeds, OnnxGenerator
 from fastcm.weights.fields import check_model_fields
 
 
@@ -30,16 +30,13 @@ class AotGenerator(OnnxGenerator):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InputError(f"torch {torch.__version__} cannot load {self.path}: {reason}. Export it again with this torch.") from None
         try:
-            self.info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
-            check_model_fields(self.info, self.path)
-            self.contract, self.preconditioning = Contract(**form).checked(), Preconditioning(**self.info["preconditioning"])
+            info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
+            check_model_fields(info, self.path)
+            contract, preconditioning = Contract(**form).checked(), Preconditioning(**info["preconditioning"])
         except (KeyError, TypeError, ValueError, InputError):
             raise InputError(f"not a generator exported by this fastcm in {self.path}. Use fastcm export MODEL --aot.") from None
-        self.graph_sigmas = tuple(float(sigma) for sigma in sigmas)
-        self.provider, self.device, self.precision = "AOTInductor cpu", "cpu", self.contract.precision
-        self.channels, self.resolution = self.contract.channels, self.contract.resolution
-        self.classes = self.info.get("classes") or [str(number) for number in range(self.contract.classes or 0)] or None
-        self.batch_size = self.contract.batch or max(1, BATCH_ELEMENTS // (self.channels * self.resolution**2))
+        self._take(info, tuple(float(sigma) for sigma in sigmas), contract, preconditioning)
+        self.provider, self.device = "AOTInductor cpu", "cpu"
 
     def run(self, feeds: Feeds) -> np.ndarray:
         """As `OnnxGenerator.run`. A package checks nothing itself: a wrong shape would read memory that is not its own."""

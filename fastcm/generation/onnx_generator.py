@@ -28,7 +28,7 @@ TENSOR_TYPES = {np.float32: "tensor(float)", np.int64: "tensor(int64)", np.uint8
 class OnnxGenerator(OnnxEditing):
     """generator(seeds, labels) -> images from a file that `fastcm export --onnx` wrote. Safe to call from many threads.
 
-    provider: "auto", "cpu", "cuda" or "tensorrt"; `.provider` is the one that is really active. The graph's noise levels are fixed.
+    provider: "auto", "cpu", "cuda", "tensorrt" or "tensorrt-rtx"; `.provider` is the one that is really active. Noise levels are fixed.
     A file of an editing task has that task as its method instead: generator.inpaint(image, mask, seeds), generator.superres(image).
     """
 
@@ -41,14 +41,17 @@ class OnnxGenerator(OnnxEditing):
             raise InputError(f"no such file in MODEL: {self.path}. Give an exported .onnx.")
         self._session, active = open_session(self.path, provider)
         self.provider = f"ONNX Runtime {PROVIDERS[active]}"
-        self.device = "cpu" if active == "cpu" else "cuda"
-        self.info, self.graph_sigmas, self.contract, self.preconditioning = self._properties()
-        self.precision = self.contract.precision
-        self.channels, self.resolution = self.contract.channels, self.contract.resolution
-        names = range(self.contract.classes or 0)
-        self.classes = self.info.get("classes") or [str(number) for number in names] or None
-        self.batch_size = self.contract.batch or max(1, BATCH_ELEMENTS // (self.channels * self.resolution**2))
+        self.device = "cuda" if active in ("cuda", "tensorrt") else "cpu"  # of the buffers: a plugin copies from the host's
+        self._take(*self._properties())
         self._buffers = Buffers(self._session, self.contract, self.device)
+
+    def _take(self, info: dict, sigmas: tuple[float, ...], contract: Contract, preconditioning: Preconditioning) -> None:
+        """What the file states becomes the generator's."""
+        self.info, self.graph_sigmas, self.contract, self.preconditioning = info, sigmas, contract, preconditioning
+        self.precision = contract.precision
+        self.channels, self.resolution = contract.channels, contract.resolution
+        self.classes = info.get("classes") or [str(number) for number in range(contract.classes or 0)] or None
+        self.batch_size = contract.batch or max(1, BATCH_ELEMENTS // (contract.channels * contract.resolution**2))
 
     def _properties(self) -> tuple[dict, tuple[float, ...], Contract, Preconditioning]:
         """(config, noise levels, contract, scalings) as the file states them; InputError where its inputs are others than it says."""

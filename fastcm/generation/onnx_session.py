@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import io
 import logging
 import re
@@ -10,19 +11,27 @@ from pathlib import Path
 
 from fastcm.errors import InputError, RunError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+# The module of the plugin that brings the last of them.
+PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 # What runs the nodes that the first cannot; ONNX Runtime appends the CPU to every list.
 FALLBACKS = {"cpu": [], "cuda": [], "tensorrt": ["CUDAExecutionProvider"]}
 REMEDIES = {
     "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]', or use --provider cpu",
     "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' and TensorRT's libraries, or use --provider cpu",
+    "tensorrt-rtx": "pip install onnxruntime-ep-nv-tensorrt-rtx-cu12 on a machine with an RTX card, or use --provider cpu",
 }
 log = logging.getLogger("fastcm")
 _warned: set[str] = set()
 
 
 def open_session(path: Path, provider: str):
-    """Returns (session, active): active is "cpu", "cuda" or "tensorrt", as ONNX Runtime reports it after loading.
+    """Returns (session, active): active is a key of PROVIDERS, as ONNX Runtime reports it after loading.
 
     provider "auto" takes CUDA where the machine has it, and warns once where a GPU is there but cannot be used.
     Raises InputError for files that cannot be read, RunError where the asked provider is not active.
@@ -32,6 +41,8 @@ def open_session(path: Path, provider: str):
     if not hasattr(onnxruntime, "InferenceSession"):
         raise RunError("broken package: onnxruntime. pip install --force-reinstall --no-deps onnxruntime-gpu.")
     _warn_of_two_packages()
+    if provider == "tensorrt-rtx":
+        return _plugin_session(onnxruntime, path), provider
     if provider != "auto":
         problem = None if provider == "cpu" else missing_library(onnxruntime, provider)
         if problem:
@@ -69,8 +80,39 @@ def _strict(onnxruntime, path: Path, provider: str):
     return session
 
 
-def _session(onnxruntime, path: Path, providers: list, *, cpu_fallback: bool = True):
+def _plugin_session(onnxruntime, path: Path):
+    """A session on the plugin for TensorRT for RTX, which compiles the graph for the card that it finds."""
+    name = PROVIDERS["tensorrt-rtx"]
+
+    def unavailable(problem: str) -> RunError:
+        return RunError(f"provider not available in --provider: tensorrt-rtx, {problem}. {REMEDIES['tensorrt-rtx']}.")
+
+    try:
+        plugin = importlib.import_module(PLUGIN)
+    except ModuleNotFoundError:
+        raise unavailable(f"no package {PLUGIN.replace('_', '-')}") from None
+    if not hasattr(onnxruntime, "get_ep_devices"):
+        raise unavailable(f"onnxruntime {onnxruntime.__version__} takes no plugins")
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        try:
+            onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:
+            missing = re.search(r"(\S+): cannot open shared object file", str(error))
+            raise unavailable(f"missing library {missing[1]}" if missing else str(error).strip().splitlines()[0][:200]) from None
+        devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise unavailable("it finds no card")
     options = onnxruntime.SessionOptions()
+    options.add_provider_for_devices(devices[:1], {})
+    session = _session(onnxruntime, path, None, options=options)
+    if session.get_providers()[0] != name:
+        raise unavailable(f"ONNX Runtime fell back to {session.get_providers()[0]}")
+    return session
+
+
+def _session(onnxruntime, path: Path, providers: list | None, *, cpu_fallback: bool = True, options=None):
+    options = onnxruntime.SessionOptions() if options is None else options
     options.log_severity_level = 4
     if not cpu_fallback:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -219,7 +219,7 @@ def test_equal_commands_give_equal_files(model):
         (("sample", "empty"), "no model in MODEL: empty"),
         (("sample", "started"), "no model yet in started"),
         (("sample", "x.txt"), "unknown kind of file in MODEL: x.txt"),
-        (("sample", "x.plan"), "a compiled program in MODEL: x.plan"),
+        (("sample", "x.plan"), "a program in MODEL: x.plan. Loading it runs its code: give --trust"),
         (("export", "run"), "no target"),
         (("export", "run", "--onnx", "x.pt"), "unknown kind of file in --onnx: x.pt"),
         (("export", "run", "--onnx", "--opset", "9"), "opset out of range in --opset: 9"),

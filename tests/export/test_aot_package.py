@@ -93,7 +93,8 @@ def test_python_draws_the_same_images(exported):
     images = fastcm.load(package, trust=True)(seeds, "bee")
     expected = fastcm.load(model, device="cpu")(seeds, "bee")
     assert images.shape == (5, 8, 8, 1) and expected.std() > 10 and np.abs(images.astype(int) - expected).max() <= 1
-    assert package.with_suffix(".manifest.json").is_file() and [f.name for f in package.parent.iterdir() if f.name.startswith(".")] == []
+    names = [file.name for file in package.parent.iterdir()]
+    assert f"{package.name}.manifest.json" in names and not any(name.startswith(".") for name in names)
     generator = fastcm.load(package, trust=True)
     with pytest.raises(InputError, match="wrong shape in input seeds"):
         generator.run({"seeds": np.zeros(3, np.int64), "labels": np.zeros(2, np.int64)})

@@ -72,7 +72,7 @@ def test_the_graphs_have_the_contracts_form(form, inputs, images, opset):
     assert properties["fastcm.sigmas"] == list(done.sigmas) and properties["fastcm.graph"] == done.contract._asdict()
     assert properties["fastcm.config"]["network"]["channels"] == 8 and properties["fastcm.config"]["licence"] == "MIT"
     assert b"/fastcm/" not in done.path.read_bytes()  # no traces of the machine's folders
-    assert sorted(path.name for path in done.path.parent.iterdir()) == [f"{form}.manifest.json", f"{form}.onnx"]
+    assert sorted(path.name for path in done.path.parent.iterdir()) == [f"{form}.onnx", f"{form}.onnx.manifest.json"]
 
 
 @pytest.mark.slow
@@ -264,15 +264,15 @@ def test_weights_beyond_the_limit_have_a_file_of_their_own(tmp_path, monkeypatch
     changed(monkeypatch, "plain", lambda graph: None)
     monkeypatch.setattr(to_onnx, "SINGLE_FILE_BYTES", 1000)
     out = export_onnx(tiny_denoiser(), INFO, out=tmp_path / "big.onnx").path
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.manifest.json", "big.onnx", "big.onnx.data"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data", "big.onnx.manifest.json"]
     stored = onnx.load(out, load_external_data=False).graph.initializer
     assert sum(tensor.data_location == tensor.EXTERNAL for tensor in stored) > 14 and not any(len(t.raw_data) > 256 for t in stored)
-    assert set(json.loads((tmp_path / "big.manifest.json").read_text())["files"]) == {"big.onnx", "big.onnx.data"}
+    assert set(json.loads((tmp_path / "big.onnx.manifest.json").read_text())["files"]) == {"big.onnx", "big.onnx.data"}
     check_images(cpu_run(out), build(tiny_denoiser(), [80.0], PLAIN), PLAIN, name="big.onnx")
     changed(monkeypatch, "plain", lambda graph: None)
     monkeypatch.setattr(to_onnx, "SINGLE_FILE_BYTES", 10**9)
     export_onnx(tiny_denoiser(), INFO, out=out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.manifest.json", "big.onnx"]  # no weights of another file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.onnx", "big.onnx.manifest.json"]  # no weights of another file
 
 
 @pytest.mark.slow

@@ -1,22 +1,22 @@
 """TensorRT: the commands against the published options, and the builder's calls against a stand-in for its package."""
 
+import hashlib
 import shlex
 import subprocess
 import sys
-import types
 
-import numpy as np
 import pytest
-import torch
 from exported_models import exported
+from tensorrt_stand_in import StandIn, cpu_as_cuda
 
 from fastcm import cli
 from fastcm.errors import InputError, RunError
 from fastcm.export import to_onnx, to_tensorrt
-from fastcm.export.parity import cpu_run
 from fastcm.export.tensorrt_options import POLYGRAPHY_RUN, TRTEXEC
 from fastcm.export.to_tensorrt import Profile, profile
+from fastcm.generation import tensorrt_bindings
 from fastcm.generation.onnx_contract import Contract
+from fastcm.generation.plan_generator import read_manifest
 
 CONTRACTS = [
     Contract(1, 3, 32, 10, precision="fp16"),
@@ -25,6 +25,9 @@ CONTRACTS = [
     Contract(1, 3, 16, task="superres", factor=4),
     Contract(1, 3, 16, 10, batch=4),
 ]
+
+
+LABELS = ("shape", "labels", (1,), (2,), (4,))
 
 
 def words(command):
@@ -53,7 +56,7 @@ def test_commands_use_published_options_alone(contract, tmp_path):
 def test_the_exact_commands():
     contract = Contract(1, 3, 32, 10, precision="fp16")
     assert " ".join(to_tensorrt.trtexec("m.onnx", to_tensorrt.Path("m.plan"), contract, Profile(1, 4, 16))) == (
-        "trtexec --onnx=m.onnx --saveEngine=m.plan --stronglyTyped --timingCacheFile=m.timing.cache"
+        "trtexec --onnx=m.onnx --saveEngine=m.plan --stronglyTyped --noTF32 --timingCacheFile=m.timing.cache"
         " --minShapes=noise:1x3x32x32,labels:1 --optShapes=noise:4x3x32x32,labels:4 --maxShapes=noise:16x3x32x32,labels:16 --skipInference"
     )
     assert " ".join(to_tensorrt.polygraphy("m.onnx", to_tensorrt.Path("m.plan"), contract, Profile(1, 4, 16))) == (
@@ -95,132 +98,57 @@ def test_bad_options_are_named(capsys):
     for argv, expected in (
         (["--tensorrt", "x.onnx"], "unknown kind of file in --tensorrt: x.onnx"),
         (["--onnx", "x.onnx", "--profile", "1,2,4"], "an option of --tensorrt alone: --profile"),
+        (["--onnx", "x.onnx", "--gpu", "rtx50"], "an option of --tensorrt alone: --gpu"),
+        (["--tensorrt", "x.plan", "--gpu", "rtx51"], "unknown card in --gpu: rtx51. Use rtx50, rtx40, "),
+        (["--tensorrt", "x.plan", "--gpu", "rtx51"], "Did you mean 'rtx50'?"),
+        (["--tensorrt", "x.plan", "--gpu", "rtx50,"], "unknown card in --gpu: none"),
+        (["--tensorrt", "x.plan", "--gpu", "h100"], "a data-centre card, for which TensorRT for RTX has no code, in --gpu: h100"),
+        (["--tensorrt", "x.plan", "--gpu", "rtx40,sm_90"], "a data-centre card, for which TensorRT for RTX has no code, in --gpu: sm_90"),
+        (["--tensorrt", "x.plan", "--gpu", "sm_90a"], "unknown card in --gpu: sm_90a"),
+        (["--tensorrt", "x.plan", "--gpu", "current,rtx40"], "current beside other cards in --gpu: current,rtx40"),
+        (["--aot", "x.pt2", "--gpu", "rtx40"], "an option that --aot decides itself: --gpu"),
         (["--tensorrt", "x.plan", "--profile", "1,b"], "not a profile in --profile: 1,b"),
     ):
         assert cli.main(["export", "run", *argv]) == 2
         assert expected in capsys.readouterr().err
 
 
-class Stand(types.ModuleType):
-    """tensorrt's calls as its documentation has them, answered by ONNX Runtime."""
-
-    def __init__(self, log):
-        super().__init__("tensorrt")
-        stand, self.broken = self, False
-
-        class Logger:
-            ERROR = 1
-
-            def __init__(self, level):
-                pass
-
-        class Shapes:
-            def set_shape(self, name, smallest, tuned, largest):
-                log.append(("shape", name, smallest, tuned, largest))
-
-        class Cache:
-            def serialize(self):
-                return b"timings"
-
-        class Config:
-            def create_timing_cache(self, content):
-                log.append(("cache", content))
-                return Cache()
-
-            def set_timing_cache(self, cache, ignore_mismatch):
-                pass
-
-            def add_optimization_profile(self, shapes):
-                log.append("profile")
-
-        class Builder:
-            def __init__(self, logger):
-                self.create_builder_config, self.create_optimization_profile = Config, Shapes
-
-            def create_network(self, flags):
-                log.append(("flags", flags))
-                return types.SimpleNamespace()
-
-            def build_serialized_network(self, network, config):
-                return network.path.encode()
-
-        class OnnxParser:
-            def __init__(self, network, logger):
-                self.network = network
-
-            def parse_from_file(self, path):
-                self.network.path = path
-                return path.endswith(".onnx")
-
-            def get_error(self, index):
-                return "no such file"
-
-        class Context:
-            def __init__(self, path):
-                self.run, self.addresses = cpu_run(to_tensorrt.Path(path)), {}
-
-            def set_input_shape(self, name, shape):
-                self.addresses[name] = shape
-
-            def set_tensor_address(self, name, address):
-                log.append(("address", name))
-
-            def execute_async_v3(self, stream):
-                feeds = {name: tensor.numpy() for name, tensor in stand.tensors[-1].items()}
-                stand.images[-1].copy_(torch.from_numpy(self.run(feeds)) + (1 if stand.broken else 0))
-                return True
-
-        self.Logger, self.Builder, self.OnnxParser = Logger, Builder, OnnxParser
-        self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
-        self.Runtime = lambda logger: types.SimpleNamespace(
-            deserialize_cuda_engine=lambda engine: types.SimpleNamespace(create_execution_context=lambda: Context(engine.decode()))
-        )
+@pytest.fixture
+def stand(monkeypatch):
+    """TensorRT's stand-in and a card's; `.log` has its calls."""
+    exported("plain")  # before torch believes in a card
+    log = []
+    stand = StandIn(log)
+    stand.log = log
+    monkeypatch.setitem(sys.modules, "tensorrt", stand)
+    cpu_as_cuda(monkeypatch, stand)
+    tensorrt_bindings.logger.cache_clear()
+    yield stand
+    tensorrt_bindings.logger.cache_clear()
 
 
 @pytest.mark.slow
-def test_the_engine_is_compared_before_it_is_published(tmp_path, monkeypatch):
-    log, done = [], exported("plain")
-    stand = Stand(log)
-    stand.tensors, stand.images = [], []
-    monkeypatch.setitem(sys.modules, "tensorrt", stand)
-    real, empty = torch.from_numpy, torch.empty
-
-    class Tensors(dict):
-        pass
-
-    def from_numpy(array):
-        tensor = real(array)
-        stand.tensors[-1:] = [Tensors(stand.tensors[-1] if stand.tensors else {}, **{"labels" if array.ndim == 1 else "noise": tensor})]
-        return types.SimpleNamespace(cuda=lambda: tensor)
-
-    def empty_on_device(shape, dtype, device):
-        stand.images.append(empty(shape, dtype=dtype))
-        return stand.images[-1]
-
-    fake = types.SimpleNamespace(
-        from_numpy=from_numpy,
-        empty=empty_on_device,
-        uint8=torch.uint8,
-        float32=torch.float32,
-        cuda=types.SimpleNamespace(current_stream=lambda: types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)),
-    )
-    monkeypatch.setattr(to_tensorrt, "torch", fake)
-    plan = tmp_path / "x.plan"
-    rows = to_tensorrt.build_engine(done, plan, Profile(1, 2, 4))
-    assert [row.batch for row in rows] == [1, 2] and all(0 < row.max_error < 1e-5 for row in rows)
-    assert log[:3] == [("flags", 2), ("cache", b""), ("shape", "noise", (1, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8))]
-    assert ("shape", "labels", (1,), (2,), (4,)) in log and ("address", "images") in log
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.timing.cache"]
+def test_the_engine_is_compared_before_it_is_published(tmp_path, stand):
+    done, plan = exported("plain"), tmp_path / "x.plan"
+    built = to_tensorrt.build_engine(done, plan, Profile(1, 2, 4))
+    assert [row.batch for row in built.comparisons] == [1, 2] and all(0 < row.max_error < 1e-5 for row in built.comparisons)
+    assert stand.log[:4] == [("flags", 2), ("cleared", "tf32"), ("shape", "noise", (1, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8)), LABELS]
+    assert stand.log[4:6] == ["profile", ("cache", b"")] and built.capabilities == ((8, 6),)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.manifest.json", "x.timing.cache"]
+    content = read_manifest(plan)
+    assert content["engine"] == {"runtime": "tensorrt", "version": "10.15.1", "capabilities": [[8, 6]], "profile": [1, 2, 4]}
+    assert content["onnx"] == {"name": "plain.onnx", "sha256": hashlib.sha256(done.path.read_bytes()).hexdigest()}
+    assert content["config"]["classes"] == ["ant", "bee", "cat"] and "NVIDIA" in content["licence"]
     plan.unlink()
     stand.broken = True
     with pytest.raises(RunError, match="disagrees with torch in x.plan: "):
         to_tensorrt.build_engine(done, plan, Profile(1, 2, 4))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.timing.cache"] and np.isfinite(done.variation)
+    assert not plan.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.hardware("builds a TensorRT engine")
 @pytest.mark.gpu
 def test_an_engine_on_the_gpu(tmp_path):
     pytest.importorskip("tensorrt")
-    rows = to_tensorrt.build_engine(exported("tensorrt"), tmp_path / "x.plan", Profile(1, 2, 8))
-    assert [row.batch for row in rows] == [1, 2, 5] and (tmp_path / "x.plan").stat().st_size > 0
+    built = to_tensorrt.build_engine(exported("tensorrt"), tmp_path / "x.plan", Profile(1, 2, 8))
+    assert [row.batch for row in built.comparisons] == [1, 2, 5] and (tmp_path / "x.plan").stat().st_size > 0

@@ -74,7 +74,7 @@ def test_a_repository_by_the_command(tmp_path, capsys):
         assert main(["export", str(model), "--serving", str(repository), *options]) == 0
     assert f"{repository / 'digits'}, version 2" in capsys.readouterr().out
     files = sorted(file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file())
-    graphs = [f"digits/{version}/model{end}" for version in (1, 2) for end in (".manifest.json", ".onnx")]
+    graphs = [f"digits/{version}/model{end}" for version in (1, 2) for end in (".onnx", ".onnx.manifest.json")]
     assert files == [*graphs, "digits/config.pbtxt"] and [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
     config = parsed((repository / "digits" / "config.pbtxt").read_text())
     graph = repository / "digits" / "2" / config.default_model_filename

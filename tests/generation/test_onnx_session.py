@@ -1,7 +1,9 @@
 """The provider that runs an exported file: the one that was asked for, whole, or an error or a line that says so."""
 
 import logging
+import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -78,3 +80,51 @@ def test_two_wheels_are_named_with_the_cure(path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "fastcm"):
         OnnxGenerator(path, provider="cpu")
     assert "pip install --force-reinstall --no-deps onnxruntime-gpu" in caplog.text
+
+
+class Plugin:
+    """The plugin's package and the part of ONNX Runtime that it talks to; what is registered appears among the devices."""
+
+    def __init__(self, path, monkeypatch, *, devices=1, error=None, active=onnx_session.PROVIDERS["tensorrt-rtx"]):
+        self.registered, name = [], onnx_session.PROVIDERS["tensorrt-rtx"]
+        monkeypatch.setitem(sys.modules, onnx_session.PLUGIN, SimpleNamespace(get_library_path=lambda: "/x/plugin.so"))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = SimpleNamespace(get_providers=lambda: [active, "CPUExecutionProvider"], get_inputs=session.get_inputs)
+        self.options = SimpleNamespace(add_provider_for_devices=lambda found, options: self.registered.append((len(found), options)))
+
+        def register(provider, library):
+            if error:
+                raise RuntimeError(error)
+            self.registered.append((provider, library))
+
+        found = [SimpleNamespace(ep_name=name)] * devices
+        self.runtime = SimpleNamespace(
+            __version__="1.31.1",
+            SessionOptions=lambda: self.options,
+            InferenceSession=lambda path, options, providers: self.session,
+            register_execution_provider_library=register,
+            get_ep_devices=lambda: found if self.registered else [],
+        )
+
+
+def test_the_plugin_of_tensorrt_for_rtx(path, monkeypatch):
+    plugin = Plugin(path, monkeypatch)
+    assert onnx_session._plugin_session(plugin.runtime, path) is plugin.session
+    assert plugin.registered == [("NvTensorRTRTXExecutionProvider", "/x/plugin.so"), (1, {})]
+    for options, words in (
+        ({"devices": 0}, "it finds no card"),
+        ({"error": "failed: libcudart.so.12: cannot open shared object file"}, "missing library libcudart.so.12"),
+        ({"active": "CPUExecutionProvider"}, "ONNX Runtime fell back to CPUExecutionProvider"),
+    ):
+        plugin = Plugin(path, monkeypatch, **options)
+        with pytest.raises(RunError, match=f"provider not available in --provider: tensorrt-rtx, {words}. pip install onnxruntime-ep-nv-"):
+            onnx_session._plugin_session(plugin.runtime, path)
+
+
+def test_without_the_plugin_it_is_refused(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, onnx_session.PLUGIN, None)
+    with pytest.raises(RunError, match="--provider: tensorrt-rtx, no package onnxruntime-ep-nv-tensorrt-rtx. pip install "):
+        OnnxGenerator(path, provider="tensorrt-rtx")
+    for call in ("register_execution_provider_library", "get_ep_devices"):
+        assert callable(getattr(onnxruntime, call))
+    assert callable(onnxruntime.SessionOptions.add_provider_for_devices)
