@@ -1,13 +1,16 @@
 """The pretended devices behave as CUDA does where fastcm relies on it; and what ran wrong before shows there when it is put back."""
 
+import gc
 import sys
 
 import numpy as np
 import pytest
 import torch
+from test_captured_step import on_the_gpu, steps
 from torch import nn
 
 from fastcm.generation import cuda_graph
+from fastcm.training.captured_step import WARM_UP
 from fastcm.training.step_scalars import StepScalars
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif("pretended" not in sys.modules, reason="of the pretended devices alone")]
@@ -123,6 +126,24 @@ def test_memory_runs_out(ops):
         torch.zeros(100, device="cuda")
     finally:
         ops.set_limit(1 << 40)
+
+
+def test_a_trainer_records_on_the_second_device_and_leaves_nothing():
+    before = torch.cuda.memory_allocated()
+    made, plain = (
+        on_the_gpu(recorded=recorded, precision="fp32", device=device) for recorded, device in ((True, "cuda:1"), (False, "cuda"))
+    )
+    found, expected = steps(made, WARM_UP + 3), steps(plain, WARM_UP + 3)
+    assert made.work.is_replayed and made.loss.get_device() == 1 and torch.cuda.current_device() == 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    for trainer in (made, plain):
+        trainer.close()
+    gc.disable()
+    try:
+        del made, plain, trainer
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
 
 
 # Defects of before, put back

@@ -178,17 +178,17 @@ def test_other_peoples_networks_are_not_recorded(monkeypatch):
 # With a GPU
 
 
-def on_the_gpu(*, recorded, precision="bf16", method="ict", network=None):
+def on_the_gpu(*, recorded, precision="bf16", method="ict", device="cuda"):
     """A trainer of a small network on the digits, compiled as its users have it; plain: the same without CUDA graphs."""
     config = trainer(method=method, **METHODS[method]).config
-    built = build_network(config).cuda().train()
-    generator = torch.Generator(device="cuda").manual_seed(0)
+    built = build_network(config).to(device).train()
+    generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.abs().sum() == 0:
                 parameter.normal_(0, 0.05, generator=generator)
     made = Trainer(
-        config, built, target_of(built, config), open_dataset("digits"), device=torch.device("cuda"), precision=precision, compiled=True
+        config, built, target_of(built, config), open_dataset("digits"), device=torch.device(device), precision=precision, compiled=True
     )
     if not recorded:
         made.work.stop()
