@@ -57,7 +57,7 @@ def add(subparsers) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """`--data` and how it is read."""
-    kinds = "a folder, zip, .npz, .npy, IDX, .parquet, CIFAR-10, SVHN, tar shards, digits, emoji32"
+    kinds = "a folder, zip, .npz, .npy, IDX, .parquet, hf:owner/name, CIFAR-10, SVHN, tar shards, digits, emoji32"
     parser.add_argument("--data", metavar="SRC", help=f"pictures: {kinds} (docs/data.md)")
     labels = "classes for --data: CSV or JSON (labels.csv beside the pictures is found), beside arrays IDX, .npy or .npz"
     parser.add_argument("--labels-file", metavar="FILE", help=labels)

@@ -135,7 +135,8 @@ def open_dataset(
 
     source: a built-in set (digits, emoji32, mnist, or mnist:held-out, its part that is never trained on), a folder or zip of pictures, an
     `.npz` or `.npy`, IDX files or their folder, CIFAR-10's python batches as folder or tar.gz, SVHN's `.mat`, tar shards as a file, a
-    folder or a pattern such as `train-{000..146}.tar`, a `.parquet` or a folder of them, or what `datasets.save_to_disk` wrote.
+    folder or a pattern such as `train-{000..146}.tar`, a `.parquet` or a folder of them, or what `datasets.save_to_disk` wrote, or
+    `hf:owner/name[@revision][:config][:split]`.
     resolution: side of the square pictures; None takes theirs, if they are all of one square size.
     channels: 1 (grey), 3 (RGB) or 4 (RGBA); None takes 1 where all pictures are grey, else 3, and an array as it is.
     classes: what a model expects: names, by which labels are renumbered, or a number that labels must stay below; 0 drops the labels.

@@ -16,6 +16,7 @@ from fastcm.data.image_cache import entry_key, stamps
 from fastcm.data.labels import LABEL_FILES, MAX_CLASSES, Classes
 from fastcm.data.spans import ChangedError, Span, read_span
 from fastcm.errors import InputError, nearest
+from fastcm.weights import hub
 
 BUILT_IN = {"digits": 0, "emoji32": 0, "mnist": 2000}  # name: pictures at its end that are kept from training
 HASHED_PICTURES = 64
@@ -145,7 +146,7 @@ def list_table(root: Path, table: tables.Table, columns: tables.Columns, watched
     """Lists the pictures of a table, its rows, after copying them into the cache; see tables.py. Raises InputError."""
     image, label = tables.chosen_columns(table, columns)
     classes = Classes(None, None) if label is None else tables.read_classes(table, label)
-    packed = tables.pack(table, image, cache, entry_key(["pack", image, *stamps(watched)]))
+    packed = tables.pack(table, image, cache, entry_key(["pack", root, image, *stamps(watched)]))
     if not packed.spans:
         raise InputError(f"no picture in --data: {root} (0 rows). Give a table with rows.")
     names = [f"row {row}" for row in range(len(packed.spans))]
@@ -255,7 +256,7 @@ def _sorted_entries(folder: str, others: Counter | None = None) -> Iterable[os.D
 
 KINDS = (
     "Give a folder or zip of pictures, an .npz or .npy, IDX files, a .parquet, CIFAR-10's batches, SVHN's .mat, "
-    "tar shards (train-{000..146}.tar), "
+    "tar shards (train-{000..146}.tar), hf:owner/name, "
     f"or a built-in set: {', '.join(BUILT_IN)}."
 )
 
@@ -263,7 +264,7 @@ KINDS = (
 @dataclass(frozen=True)
 class Source:
     """What `--data` names, before it is read. files: what it was given as, for arrays the pictures and, where it lies apart, the file of
-    labels; a kind other than folder, zip, tar and table holds arrays. columns: of a table."""
+    labels; a kind other than folder, zip, tar and table holds arrays. columns: of a table; table: one that is open already."""
 
     kind: str
     root: Path
@@ -271,6 +272,7 @@ class Source:
     labels_file: Path | None
     limit: int
     columns: tables.Columns = tables.FOUND
+    table: tables.Table | None = None
 
     @property
     def name(self) -> str:
@@ -284,13 +286,13 @@ class Source:
     def key(self, resolution: int | None, channels: int | None) -> str:
         """The key by which the cache remembers what this source was at a resolution and number of channels."""
         form = resolution if channels is None else (resolution, channels)
-        options = [self.labels_file and self.labels_file.resolve(), self.limit, form]
-        return entry_key(["source", self.kind, *self.files, *options, *(self.columns if any(self.columns) else ())])
+        options = [self.labels_file and self.labels_file.resolve(), self.limit, form, *(self.columns if any(self.columns) else ())]
+        return entry_key(["source", self.kind, *self.files, *options, *([self.root] if self.table else ())])
 
     def listing(self, cache: Path) -> Listing:
         """Lists the pictures; seconds for a million. cache: where those of a table are copied. Raises InputError."""
         if self.kind == "table":
-            return list_table(self.root, tables.open_table(self.files), self.columns, list(map(str, self.files)), cache)
+            return list_table(self.root, self.table or tables.open_table(self.files), self.columns, list(map(str, self.files)), cache)
         if self.kind == "tar":
             return list_tar(self.root, self.files, limit=self.limit)
         return (list_zip if self.kind == "zip" else list_folder)(self.root, labels_file=self.labels_file, limit=self.limit)
@@ -300,8 +302,10 @@ def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASS
     """Says what a path or pattern is, by its name and, for a folder, by what lies in it. Raises InputError for what is no data set."""
     path = Path(source)
     lower = path.name.lower()
-    kind, files = None, (path,)
-    if path.is_dir():
+    kind, files, table = None, (path,), None
+    if source.startswith(hub.PREFIX):
+        kind, (table, files) = "table", tables.open_hub(source)
+    elif path.is_dir():
         kind, files = _kind_of_folder(path)
     elif path.is_file():
         kinds = {".npz": "npz", ".npy": "npy", ".mat": "mat", ".zip": "zip", ".tar": "tar", ".parquet": "table"}
@@ -322,7 +326,7 @@ def find(source: str, *, labels_file: Path | None = None, limit: int = MAX_CLASS
         raise tables.no_columns(columns, source)
     # A file of arrays is read by its name, which the target of a link may not have.
     files = tuple(file.resolve() if kind in ("folder", "zip", "tar", "table") else file.absolute() for file in files)
-    return Source(kind, path, files, labels_file, limit, columns)
+    return Source(kind, path, files, labels_file, limit, columns, table)
 
 
 def _kind_of_folder(path: Path) -> tuple[str, tuple[Path, ...]]:

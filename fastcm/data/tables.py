@@ -1,4 +1,4 @@
-"""Tables of pictures: `.parquet` files, `arrow` folders of `datasets.save_to_disk`; a column of pictures and one of classes, by `datasets`.
+"""Tables of pictures, by `datasets`: `.parquet` files, folders of its `save_to_disk`, data sets on the hub.
 
 The pictures' files, as the column holds them, are copied one after the other into a file of the cache (a pack), from which they are decoded
 by the rules for any other picture; the pack goes when that is done.
@@ -19,7 +19,8 @@ import numpy as np
 from fastcm.data import image_cache
 from fastcm.data.labels import LABEL_COLUMNS, Classes, by_name, check_labels
 from fastcm.data.spans import MAX_BYTES, Span
-from fastcm.errors import InputError
+from fastcm.errors import InputError, RunError, nearest
+from fastcm.weights import hub
 from fastcm.weights.class_names import check_names
 
 ROWS = 256  # read at a time
@@ -119,6 +120,71 @@ def _open_arrow(folder: Path) -> Table:
         return of_dataset(datasets.load_from_disk(str(folder)), str(folder))
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"unreadable data set in --data: {folder} ({_line(error)}). Write it again by save_to_disk.") from error
+
+
+def open_hub(source: str) -> tuple[Table, tuple[Path, ...]]:
+    """Opens `hf:owner/name[@revision][:config][:split]`, fetched and kept by `datasets` as arrow files; returns the table and these.
+
+    One part after the name is a configuration if there is one of that name, else a split; the split is train where there is one.
+    Raises InputError, RunError.
+    """
+    import datasets
+
+    name, *parts = re.split(r":(?![^\[]*\])", source.removeprefix(hub.PREFIX))  # a split may be a slice, as train[:1000]
+    found = hub.hub_id(hub.PREFIX + name)
+    if len(parts) > 2 or "" in parts:
+        raise InputError(f"not a data set on the hub in --data: {source}. Write it as hf:owner/name:config:split.")
+    where = {"path": found.repository, "revision": found.revision}
+    try:
+        configs = datasets.get_dataset_config_names(**where)
+        config = parts.pop(0) if parts and (len(parts) == 2 or parts[0] in configs) else datasets.get_dataset_default_config_name(**where)
+        if config is None and not parts:
+            named = f"hf:{name}:{configs[0]}"
+            raise InputError(f"several configurations in --data: {source} ({_listed(configs)}). Name one, as {named}.")
+        if config not in configs:
+            shown = config or parts[0]
+            raise InputError(f"no such configuration in --data: {source}: {shown}. There are {_listed(configs)}.{nearest(shown, configs)}")
+        builder = datasets.load_dataset_builder(name=config, **where)
+        splits = list(map(str, builder.config.data_files or builder.info.splits or ()))
+        split = parts[0] if parts else "train" if "train" in splits or not splits else splits[0] if len(splits) == 1 else None
+        if split is None or (splits and re.split(r"[\[+]", split)[0] not in splits):
+            what = "no split train" if split is None else f"no such split {split}"
+            raise InputError(f"{what} in --data: {source} (it has {_listed(splits)}). Name one, as hf:{name}:{splits[0]}.")
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split)
+    except Exception as error:
+        raise _hub_refusal(error, source) from error
+    return of_dataset(dataset, source), tuple(Path(file["filename"]) for file in dataset.cache_files)
+
+
+def _hub_refusal(error: Exception, source: str) -> Exception:
+    """One line for what `datasets` raises at a repository; the hub's own error is looked for behind it."""
+    import datasets
+    from huggingface_hub import errors
+
+    if isinstance(error, InputError):
+        return error
+    behind, seen = error, []
+    while behind is not None and behind not in seen:
+        if isinstance(behind, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
+            return hub.refusal(behind, source, option="--data")
+        seen.append(behind)
+        behind = behind.__cause__ or behind.__context__
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        if "gated" in str(error):
+            return InputError(
+                f"a gated data set in --data: {source}. Accept its terms on the hub, then log in: hf auth login, or HF_TOKEN."
+            )
+        return InputError(f"no such data set in --data: {source}. Correct the name; a private one needs hf auth login, or HF_TOKEN.")
+    if "OfflineModeIsEnabled" in str(error):
+        return hub.refusal(errors.OfflineModeIsEnabled(), source, option="--data")
+    if isinstance(error, ConnectionError | TimeoutError):
+        return RunError(f"the hub cannot be reached for --data: {source} ({_line(error)}). Run again: what was fetched is kept.")
+    return InputError(f"not a data set that can be read in --data: {source} ({_line(error)}). Give one of parquet files or pictures.")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"
 
 
 def of_dataset(dataset: Any, shown: str) -> Table:

@@ -112,12 +112,16 @@ class Handler(BaseHTTPRequestHandler):
         facts = {"private": repository.private, "downloads": 0, "tags": [], "lastModified": "2026-01-01T00:00:00.000Z"}
         self.json({"id": "x/y", "sha": repository.sha, "siblings": siblings, **facts})
 
-    def tree(self, repository, revision, folder=""):
-        rows = [
-            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for name, content in sorted(repository.files.items())
-            if name.startswith(f"{folder}/" if folder else "")
-        ]
+    def tree(self, repository, revision, folder=None):
+        below = "recursive=true" in urlsplit(self.path).query.lower()
+        prefix, rows, folders = f"{folder}/" if folder else "", [], set()
+        for name, content in sorted(repository.files.items()):
+            inside = name[len(prefix) :]
+            if name.startswith(prefix) and (below or "/" not in inside):
+                rows.append({"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()})
+            elif name.startswith(prefix):
+                folders.add(prefix + inside.partition("/")[0])
+        rows += [{"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()} for path in sorted(folders)]
         if folder and not rows:
             return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         self.json(rows)
@@ -215,3 +219,39 @@ def serving():
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+@contextmanager
+def connected(monkeypatch, folder):
+    """A hub that this process's huggingface_hub talks to, with a cache of its own below `folder`, and no waiting between tries."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    from fastcm.weights import hub
+
+    with serving() as started:
+        changes = {
+            "ENDPOINT": started.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": started.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(folder / "hub"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+            "DOWNLOAD_CHUNK_SIZE": 1000,
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        hub.fetch.cache_clear()
+        yield started
+        hub.fetch.cache_clear()
+
+
+def offline(monkeypatch):
+    from huggingface_hub import constants
+
+    from fastcm.weights import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.fetch.cache_clear()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, serving
+from hub_server import TOKEN, connected, offline
 from test_convert import make
 
 import fastcm
@@ -34,35 +34,9 @@ def below(files, folder):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A hub that this process's huggingface_hub talks to, with a cache of its own, and no waiting between tries."""
-    from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import _http
-
-    with serving() as started:
-        changes = {
-            "ENDPOINT": started.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": started.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "DOWNLOAD_CHUNK_SIZE": 1000,
-        }
-        for name, value in changes.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        monkeypatch.chdir(tmp_path)
-        hub.fetch.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    with connected(monkeypatch, tmp_path) as started:
         yield started
-        hub.fetch.cache_clear()
-
-
-def offline(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.fetch.cache_clear()
 
 
 def images(model):
