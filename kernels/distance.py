@@ -16,16 +16,7 @@ from torch.autograd import forward_ad
 
 from fastcm.kernels import launch
 from fastcm.kernels.launch import tl, triton
-from fastcm.kernels.precondition import (
-    FLOATS,
-    block_and_warps,
-    dense,
-    other_layout,
-    per_sample,
-    precondition_reference,
-    relative_layout,
-    sample_block,
-)
+from fastcm.kernels.precondition import FLOATS, block_and_warps, dense, other_layout, precondition_reference, relative_layout, sample_block
 
 KINDS = ("l1", "l2", "pseudo_huber")
 ONE_PROGRAM, CHUNK = 16384, 4096
@@ -53,10 +44,12 @@ def distance(
     """
     inputs = (x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight)
     _check(*inputs, kind, c)
-    chosen = launch.chosen("distance", x_student)
+    arguments = (*inputs, kind, c, torch.is_grad_enabled() and F_student.requires_grad)
+    if launch.chosen("distance", x_student) == "triton":
+        return launch.call(_distance_op, *arguments)[0]
     # Without a kernel, an eager step on the CPU still takes the one pass over a single buffer; graphs take the definition, to be fused.
-    if chosen == "triton" or not (x_student.is_cuda or launch.INTERPRETED or _is_traced()):
-        return _distance_op(*inputs, kind, c, torch.is_grad_enabled() and F_student.requires_grad)[0]
+    if not (x_student.is_cuda or launch.INTERPRETED or _is_traced()):
+        return _distance_op(*arguments)[0]
     return distance_reference(*inputs, kind=kind, c=c)
 
 
@@ -78,33 +71,28 @@ def distance_reference(
 
 
 @triton.jit
-def _denoised(x, F_x, c_skip, c_out, i_b, o, m, N: tl.constexpr, INNER: tl.constexpr):
-    b_D = tl.load(x + i_b * N + o, m, other=0.0).to(tl.float32)
+def _denoised(side, i_b, o_x, o_F, m, N: tl.constexpr):
+    """c_skip x + c_out F, or x where there is no F, of side = (x, F_x, c_skip, its stride, c_out, its stride)."""
+    x, F_x, c_skip, skip_stride, c_out, out_stride = side
+    b_D = tl.load(x + i_b * N + o_x, m, other=0.0).to(tl.float32)
     if F_x is not None:
-        b_F = tl.load(F_x + i_b * N + other_layout(o, N, INNER), m, other=0.0).to(tl.float32)
-        b_D = tl.load(c_skip + i_b) * b_D + tl.load(c_out + i_b) * b_F
+        b_F = tl.load(F_x + i_b * N + o_F, m, other=0.0).to(tl.float32)
+        b_D = tl.load(c_skip + i_b * skip_stride) * b_D + tl.load(c_out + i_b * out_stride) * b_F
     return b_D
 
 
 @triton.jit
-def _difference(
-    x_student,
-    F_student,
-    c_skip_student,
-    c_out_student,
-    x_target,
-    F_target,
-    c_skip_target,
-    c_out_target,
-    i_b,
-    o,
-    m,
-    N: tl.constexpr,
-    INNER: tl.constexpr,
-    INNER_TARGET: tl.constexpr,
-):
-    b_student = _denoised(x_student, F_student, c_skip_student, c_out_student, i_b, o, m, N, INNER)
-    return b_student - _denoised(x_target, F_target, c_skip_target, c_out_target, i_b, o, m, N, INNER_TARGET)
+def _difference(student, target, i_b, o, m, N: tl.constexpr, INNER: tl.constexpr, INNER_TARGET: tl.constexpr):
+    """D_student - D_target at the offsets o of F_student, whose gradient goes there: loads of the images may scatter, stores may not."""
+    o_x = other_layout(o, N, INNER)
+    return _denoised(student, i_b, o_x, o, m, N) - _denoised(target, i_b, o_x, other_layout(o, N, INNER_TARGET), m, N)
+
+
+@triton.jit
+def _store_gradient(gradient, student, slope, i_b, o, m, N: tl.constexpr):
+    c_out, stride = student[4], student[5]
+    slope *= tl.load(c_out + i_b * stride)
+    tl.store(gradient + i_b * N + o, slope.to(gradient.dtype.element_ty), m)
 
 
 @triton.jit
@@ -129,15 +117,10 @@ def _finished(total, c, KIND: tl.constexpr):
 
 @triton.jit
 def _distance_fwd_kernel(
-    x_student,
-    F_student,
-    c_skip_student,
-    c_out_student,
-    x_target,
-    F_target,
-    c_skip_target,
-    c_out_target,
+    student,
+    target,
     weight,
+    weight_stride: tl.constexpr,
     value,
     gradient,
     c,
@@ -148,42 +131,20 @@ def _distance_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     i_b, o, m = sample_block(N, BLOCK)
-    d = _difference(
-        x_student,
-        F_student,
-        c_skip_student,
-        c_out_student,
-        x_target,
-        F_target,
-        c_skip_target,
-        c_out_target,
-        i_b,
-        o,
-        m,
-        N,
-        INNER,
-        INNER_TARGET,
-    )
-    term, slope = _terms(d, N, KIND)
+    term, slope = _terms(_difference(student, target, i_b, o, m, N, INNER, INNER_TARGET), N, KIND)
     distance_, factor = _finished(tl.sum(term, 0), c, KIND)
-    w = tl.load(weight + i_b)
+    w = tl.load(weight + i_b * weight_stride)
     tl.store(value + i_b, w * distance_)
     if gradient is not None:
-        slope *= w * factor * tl.load(c_out_student + i_b)
-        tl.store(gradient + i_b * N + other_layout(o, N, INNER), slope.to(gradient.dtype.element_ty), m)
+        _store_gradient(gradient, student, slope * (w * factor), i_b, o, m, N)
 
 
 @triton.jit
 def _distance_partial_kernel(
-    x_student,
-    F_student,
-    c_skip_student,
-    c_out_student,
-    x_target,
-    F_target,
-    c_skip_target,
-    c_out_target,
+    student,
+    target,
     weight,
+    weight_stride: tl.constexpr,
     partial,
     gradient,
     N: tl.constexpr,
@@ -193,33 +154,17 @@ def _distance_partial_kernel(
     BLOCK: tl.constexpr,
 ):
     i_b, o, m = sample_block(N, BLOCK)
-    d = _difference(
-        x_student,
-        F_student,
-        c_skip_student,
-        c_out_student,
-        x_target,
-        F_target,
-        c_skip_target,
-        c_out_target,
-        i_b,
-        o,
-        m,
-        N,
-        INNER,
-        INNER_TARGET,
-    )
-    term, slope = _terms(d, N, KIND)
+    term, slope = _terms(_difference(student, target, i_b, o, m, N, INNER, INNER_TARGET), N, KIND)
     tl.store(partial + tl.program_id(0), tl.sum(term, 0))
     if gradient is not None:
-        slope *= tl.load(weight + i_b) * tl.load(c_out_student + i_b)
-        tl.store(gradient + i_b * N + other_layout(o, N, INNER), slope.to(gradient.dtype.element_ty), m)
+        _store_gradient(gradient, student, slope * tl.load(weight + i_b * weight_stride), i_b, o, m, N)
 
 
 @triton.jit
 def _distance_finish_kernel(
     partial,
     weight,
+    weight_stride: tl.constexpr,
     value,
     unscaled,
     gradient,
@@ -235,7 +180,7 @@ def _distance_finish_kernel(
     total = tl.sum(tl.load(partial + i_b * CHUNKS + o_chunk, o_chunk < CHUNKS, other=0.0), 0)
     distance_, factor = _finished(total, c, KIND)
     # Every program of a sample stores the same number.
-    tl.store(value + i_b, tl.load(weight + i_b) * distance_)
+    tl.store(value + i_b, tl.load(weight + i_b * weight_stride) * distance_)
     if gradient is not None:
         slope = factor * tl.load(unscaled + i_b * N + o, m)
         tl.store(gradient + i_b * N + o, slope.to(gradient.dtype.element_ty), m)
@@ -274,36 +219,38 @@ def _launch_fwd(
     if relative_layout(x_student, x_target):
         x_target = x_target.contiguous(memory_format=torch.contiguous_format if x_student.is_contiguous() else torch.channels_last)
     F_target = None if F_target is None else dense(F_target)
-    coefficients = [None if t is None else per_sample(t, x_student) for t in (c_skip_student, c_out_student, c_skip_target, c_out_target)]
-    weight = per_sample(weight, x_student)
-    images = (x_student, F_student, *coefficients[:2], x_target, F_target, *coefficients[2:], weight)
+    sides = (
+        (x_student, F_student, *launch.strided(c_skip_student, batch), *launch.strided(c_out_student, batch)),
+        (x_target, F_target, *launch.strided(c_skip_target, batch), *launch.strided(c_out_target, batch)),
+    )
+    weight = launch.strided(weight, batch)
     constants = {
         "N": n,
         "KIND": kind,
-        "INNER": relative_layout(x_student, F_student),
-        "INNER_TARGET": 0 if F_target is None else relative_layout(x_student, F_target),
+        "INNER": relative_layout(F_student, x_student),
+        "INNER_TARGET": 0 if F_target is None else relative_layout(F_student, F_target),
     }
     with launch.device_guard(x_student):
         if n <= ONE_PROGRAM:
             block, warps = block_and_warps(n, ONE_PROGRAM)
             output = gradient if needs_gradient else None
-            _distance_fwd_kernel[(batch,)](*images, value, output, c, **constants, BLOCK=block, num_warps=min(32, warps))
+            _distance_fwd_kernel[(batch,)](*sides, *weight, value, output, c, **constants, BLOCK=block, num_warps=min(32, warps))
         else:
-            _launch_split(images, value, gradient if needs_gradient else None, c, constants)
+            _launch_split(sides, weight, value, gradient if needs_gradient else None, c, constants)
     return outputs
 
 
-def _launch_split(images, value, gradient, c, constants):
+def _launch_split(sides, weight, value, gradient, c, constants):
     n, kind, batch = constants["N"], constants["KIND"], value.shape[0]
     chunks = triton.cdiv(n, CHUNK)
     partial = torch.empty(batch, chunks, device=value.device)
     rescaled = gradient is not None and kind == "pseudo_huber"
     unscaled = torch.empty_like(gradient, dtype=torch.float32) if rescaled and gradient.dtype != torch.float32 else gradient
-    _distance_partial_kernel[(batch * chunks,)](*images, partial, unscaled, **constants, BLOCK=CHUNK, num_warps=16)
+    _distance_partial_kernel[(batch * chunks,)](*sides, *weight, partial, unscaled, **constants, BLOCK=CHUNK, num_warps=16)
     block, warps = block_and_warps(n, 1024)
     _distance_finish_kernel[(batch * (triton.cdiv(n, block) if rescaled else 1),)](
         partial,
-        images[-1],
+        *weight,
         value,
         unscaled if rescaled else None,
         gradient if rescaled else None,

@@ -39,12 +39,20 @@ def ema_update_reference(average: Tensor, source: Tensor, decay: Tensor | float)
 
 
 @triton.jit
+def _follow(average, source, o, m, b_rate):
+    b_average = tl.load(average + o, m)
+    tl.store(average + o, b_average + b_rate * (tl.load(source + o, m) - b_average), m)
+
+
+@triton.jit
 def _ema_update_fwd_kernel(average, source, decay, rate, n, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
-    b_average = tl.load(average + o, m)
     b_rate = rate if decay is None else 1 - tl.load(decay)
-    tl.store(average + o, b_average + b_rate * (tl.load(source + o, m) - b_average), m)
+    # Whole blocks go without a mask: one whose bound may not divide by 16 makes every access of the program a scalar one.
+    if (tl.program_id(0) + 1).to(tl.int64) * BLOCK <= n:
+        _follow(average, source, o, None, b_rate)
+    else:
+        _follow(average, source, o, o < n, b_rate)
 
 
 def _launch_fwd(average: Tensor, source: Tensor, decay: Tensor | None, rate: float) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from fastcm.kernels import launch
 from fastcm.kernels.group_norm_tiles import activated, affine, centred_and_dv, group_sum, input_gradient, slab_place, statistics_of
 from fastcm.kernels.group_statistics import _launch_fwd as launch_statistics
-from fastcm.kernels.group_statistics import channel_tile, group_statistics_reference, group_tile, split_grid
+from fastcm.kernels.group_statistics import channel_tile, group_statistics_reference, group_tile, pixel_tile, split_grid
 from fastcm.kernels.launch import tl, triton
 from fastcm.kernels.precondition import FLOATS
 
@@ -41,7 +41,7 @@ def group_norm(
     _check(x, groups, weight, bias, scale, shift)
     # The kernels read channels-last memory; copying another layout would cost what they save.
     if launch.chosen("group_norm", x) == "triton" and x.is_contiguous(memory_format=torch.channels_last):
-        return _group_norm_op(x, groups, weight, bias, eps, scale, shift, silu)[0]
+        return launch.call(_group_norm_op, x, groups, weight, bias, eps, scale, shift, silu)[0]
     return group_norm_reference(x, groups, weight, bias, eps=eps, scale=scale, shift=shift, silu=silu)
 
 
@@ -158,9 +158,7 @@ def _split_output_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_b, o_c, m_c = channel_tile(C, BLOCK_C)
-    o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
+    i_b, o_c, m_c, o, m = pixel_tile(C, HW, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
     A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
     A *= b_rstd
@@ -256,9 +254,7 @@ def _split_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_b, o_c, m_c = channel_tile(C, BLOCK_C)
-    o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o, m = i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
+    i_b, o_c, m_c, o, m = pixel_tile(C, HW, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
     mean_1, mean_2 = statistics_of(means, means + C // D, 2 * i_b, o_c, m_c, C, D)
     A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
@@ -308,7 +304,7 @@ def _launch_fwd(x, groups, weight, bias, eps, scale, shift, silu):
             return outputs
         mean, rstd = launch_statistics(x, groups, eps)
         grid = split_grid(x, groups)
-        _split_output_kernel[(grid.columns, grid.tiles)](x, *affine, out, mean, rstd, **constants, **grid.tile)
+        _split_output_kernel[(grid.columns * grid.tiles,)](x, *affine, out, mean, rstd, **constants, **grid.tile)
     return out, mean, rstd
 
 
@@ -332,7 +328,7 @@ def _launch_bwd(grad, x, groups, weight, bias, scale, shift, silu, mean, rstd):
         _split_reduce_kernel[(batch * groups,)](
             partial, *affine, sums, means, grid.chunks, C=channels, HW=pixels, D=constants["D"], **grid.group_tile
         )
-        _split_gradient_kernel[(grid.columns, grid.tiles)](*inputs, means, grad_x, **constants, **grid.tile)
+        _split_gradient_kernel[(grid.columns * grid.tiles,)](*inputs, means, grad_x, **constants, **grid.tile)
     return outputs
 
 
@@ -398,7 +394,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _mean, _rstd):
     x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-    grad_x, sums = _backward_op(grad, x, ctx.groups, weight, bias, scale, shift, ctx.silu, mean, rstd)
+    arguments = (grad, x, ctx.groups, weight, bias, scale, shift, ctx.silu, mean, rstd)
+    grad_x, sums = launch.call(_backward_op, *arguments)
     S1, S2 = sums.unbind(1)
     scaled = (S1, S2) if scale is None else (S1 * (1 + scale), S2 * (1 + scale))
     grad_bias, grad_weight = (t.sum(0) for t in scaled)

@@ -21,7 +21,7 @@ def group_statistics(x: Tensor, groups: int, *, eps: float = 1e-5) -> tuple[Tens
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"illegal value in group_statistics(groups): {groups}. Use a divisor of the {x.shape[1]} channels.")
     if launch.chosen("group_norm", x) == "triton" and x.is_contiguous(memory_format=torch.channels_last) and x.numel():
-        return _group_statistics_op(x.detach(), groups, eps)
+        return launch.call(_group_statistics_op, x.detach(), groups, eps)
     return group_statistics_reference(x, groups, eps)
 
 
@@ -39,6 +39,19 @@ def channel_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
     i_program = tl.program_id(0)
     o_c = (i_program % BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
     return (i_program // BLOCKS).to(tl.int64), o_c, o_c < C
+
+
+@triton.jit
+def pixel_tile(C: tl.constexpr, HW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's sample, channels and their mask, and offsets and mask of its pixels. The grid has one axis: others end at 65,535."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TILES: tl.constexpr = (HW + BLOCK_P - 1) // BLOCK_P
+    # Programs walk through memory: the channels of a tile of pixels, the tiles of a sample, the samples.
+    i_program = tl.program_id(0)
+    o_c = (i_program % BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_p = (i_program // BLOCKS % TILES) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_b, m_c = (i_program // (BLOCKS * TILES)).to(tl.int64), o_c < C
+    return i_b, o_c, m_c, i_b * HW * C + o_p[:, None] * C + o_c[None, :], (o_p < HW)[:, None] & m_c[None, :]
 
 
 @triton.jit

@@ -12,7 +12,7 @@ BYTE_SCALE = tl.constexpr(0.007843137718737125)
 BYTE_OFFSET = tl.constexpr(-(2**23 * 0.007843137718737125) - 1)
 
 
-@triton.jit
+@triton.constexpr_function
 def by_fours(N: tl.constexpr, WIDTH: tl.constexpr):
     """Whether a thread's four elements of a lane are neighbours in one row, in every lane."""
     return WIDTH % 4 == 0 and N % 16 == 0
@@ -20,7 +20,8 @@ def by_fours(N: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def lane_pointers(
-    p_sample,
+    p_images,
+    i_sample,
     o,
     mirrored,
     SPAN: tl.constexpr,
@@ -30,27 +31,30 @@ def lane_pointers(
     WIDTH: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Pointers to one lane of the counters o. mirrored = 1 reads rows backwards: from the last element of SPAN neighbours, the nearest."""
+    """Pointers to one lane of the counters o of samples. mirrored = 1 reads rows backwards: of SPAN neighbours, to where they now begin."""
     START: tl.constexpr = LANE * ((N + 3) // 4)
     if mirrored is not None:
         o += mirrored * (WIDTH - SPAN - 2 * ((o + START) % WIDTH))
     if LAST:
         # pixel channels + channel, with pixel = element - channel PLANE: what differs between lanes is one multiply-add.
         CHANNELS: tl.constexpr = N // PLANE
-        p = p_sample + o.to(tl.int64) * CHANNELS
+        p = p_images + (i_sample * N + o.to(tl.int64) * CHANNELS)
         p -= ((o + START) // PLANE).to(tl.int64) * (N - 1)
         p += START * CHANNELS
     else:
-        p = p_sample + (o + START)
+        p = p_images + i_sample * N + (o + START)
     return p
 
 
 @triton.jit
 def load_lane(
-    p_sample,
+    p_images,
+    i_sample,
     o_i,
+    i_first,
     o_first,
     mirrored,
+    mirrored_first,
     LANE: tl.constexpr,
     N: tl.constexpr,
     PLANE: tl.constexpr,
@@ -58,18 +62,21 @@ def load_lane(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One lane of an image; mirrored (0, 1 or None) reads its rows backwards, LAST reads it from channels-last memory."""
+    """One lane of images; mirrored (0, 1 or None) reads their rows backwards, LAST reads them from channels-last memory.
+
+    mirrored is that of the elements, mirrored_first of each thread's first.
+    """
     if by_fours(N, WIDTH) and (LAST or mirrored is not None):
         STEP: tl.constexpr = N // PLANE if LAST else 1
         step = STEP
         if mirrored is not None:
-            step = STEP - 2 * STEP * mirrored
-        p = lane_pointers(p_sample, o_first, mirrored, 1, LANE, N, PLANE, WIDTH, LAST)
+            step = STEP - 2 * STEP * mirrored_first
+        p = lane_pointers(p_images, i_first, o_first, mirrored_first, 1, LANE, N, PLANE, WIDTH, LAST)
         m_lane = lane_mask(o_first, LANE, N, BLOCK)
         b0, b1 = tl.load(p, mask=m_lane), tl.load(p + step, mask=m_lane)
         b_lane = in_order(b0, b1, tl.load(p + 2 * step, mask=m_lane), tl.load(p + 3 * step, mask=m_lane))
     else:
-        p = lane_pointers(p_sample, o_i, mirrored, 1, LANE, N, PLANE, WIDTH, LAST)
+        p = lane_pointers(p_images, i_sample, o_i, mirrored, 1, LANE, N, PLANE, WIDTH, LAST)
         b_lane = tl.load(p, mask=lane_mask(o_i, LANE, N, BLOCK))
     return b_lane
 
@@ -88,7 +95,8 @@ def byte_of(word, index, MATH: tl.constexpr):
 
 @triton.jit
 def load_byte_lane(
-    p_sample,
+    p_images,
+    i_first,
     o_first,
     mirrored,
     LANE: tl.constexpr,
@@ -100,7 +108,7 @@ def load_byte_lane(
     MATH: tl.constexpr,
 ):
     """One lane of bytes v as fp32 in [-1, 1], v BYTE_SCALE - 1 rounded once and without a conversion; only where `by_fours`."""
-    p = lane_pointers(p_sample, o_first, mirrored, 4, LANE, N, PLANE, WIDTH, LAST)
+    p = lane_pointers(p_images, i_first, o_first, mirrored, 4, LANE, N, PLANE, WIDTH, LAST)
     m_lane = lane_mask(o_first, LANE, N, BLOCK)
     # 0 or 1 for each thread: byte k of a mirrored four is byte 3 - k of memory.
     flip = o_first * 0

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ MATH = PLAIN_MATH if INTERPRETED else FAST_MATH
 
 OPS = ("philox", "perturb", "precondition", "distance", "group_norm", "optimizer_step", "ema_update", "renoise", "to_uint8")
 # These beat Inductor by construction (random bits: 4 words per counter; optimizer: one pass), so they do not wait for a measurement.
-UNMEASURED_TRITON = frozenset(("philox", "perturb", "optimizer_step"))
+UNMEASURED_TRITON = frozenset(("philox", "perturb", "renoise", "optimizer_step"))
 
 # op -> ((elements, kernel is not slower than the compiled reference), ...), written by `python -m fastcm.benchmarks.pages.tables --auto`.
 # auto table: begin
@@ -44,13 +44,15 @@ MEASURED: dict[str, tuple[tuple[int, bool], ...]] = {}
 # auto table: end
 
 _use = "auto"
+_launchers: dict[torch.library.CustomOpDef, Callable[..., Any]] = {}
 
 
 def use(implementation: str) -> None:
     """Sets which implementation every op takes in this process: "auto", "triton" or "reference".
 
-    "auto": on the CPU the reference; on CUDA what the table of measurements says for the nearest size, and for sizes that were not
-    measured the reference, except for philox, perturb and optimizer_step. "triton": the kernel wherever it can run.
+    "auto": on the CPU the reference; on CUDA the kernel, but within a compiled graph, where the compiler fuses the reference with what
+    stands around it, what the table of measurements says for the nearest size, and for sizes that were not measured the reference, except
+    for philox, perturb, renoise and optimizer_step. "triton": the kernel wherever it can run.
     """
     if implementation not in ("auto", "triton", "reference"):
         raise ValueError(f'unknown implementation in kernels.use: {implementation!r}. Use "auto", "triton" or "reference".')
@@ -67,7 +69,7 @@ def chosen(op: str, x: Tensor, *, elements: int | None = None, differentiated: S
     if _use == "reference" or not HAS_TRITON:
         return "reference"
     # A registered op under forward mode gives a tangent of zero without an error (torch 2.13), so the reference is taken there.
-    if torch.compiler.is_exporting() or forward_ad._current_level >= 0:
+    if is_exporting() or forward_ad._current_level >= 0:
         return "reference"
     # Nor do torch.func's other transforms pass through the backward of a registered op.
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
@@ -76,16 +78,40 @@ def chosen(op: str, x: Tensor, *, elements: int | None = None, differentiated: S
         return "reference"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated):
         return "reference"
-    return "triton" if _use == "triton" or measured_choice(op, x.numel() if elements is None else elements)[0] else "reference"
+    if _use == "triton" or not torch.compiler.is_compiling():
+        return "triton"
+    return "triton" if wins_compiled(op, x.numel() if elements is None else elements) else "reference"
 
 
-def measured_choice(op: str, elements: int) -> tuple[bool, str]:
-    """Returns whether "auto" takes the kernel for an input of this many elements on CUDA, and why."""
+def wins_compiled(op: str, elements: int) -> bool:
+    """Returns whether "auto" takes the kernel for an input of this many elements on CUDA within a compiled graph."""
     near = [row for row in MEASURED.get(op, ()) if row[0] <= 4 * elements and elements <= 4 * row[0]]
     if not near:
-        return op in UNMEASURED_TRITON, "not measured at this size"
-    nearest = min(near, key=lambda row: max(row[0], elements) / max(1, min(row[0], elements)))
-    return nearest[1], f"measured at {nearest[0]} elements"
+        return op in UNMEASURED_TRITON
+    return min(near, key=lambda row: max(row[0], elements) / max(1, min(row[0], elements)))[1]
+
+
+def is_exporting() -> bool:
+    """Returns whether torch.export is at work; the function of this name in torch 2.11 is also true within every compiled function."""
+    return torch.compiler._is_exporting_flag
+
+
+def call(op: torch.library.CustomOpDef, *arguments: Any) -> Any:
+    """Calls a registered op whose kernel was chosen and which changes none of its arguments.
+
+    Where only the result counts - no gradient, no graph, plain tensors - this is its launcher: the op's own dispatch keeps the host busy
+    for several times as long.
+    """
+    return (_launchers[op] if _only_results(arguments) else op)(*arguments)
+
+
+def _only_results(arguments: Sequence[Any]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def report() -> list[tuple[str, str, str]]:
@@ -104,9 +130,11 @@ def report() -> list[tuple[str, str, str]]:
             row = (op, "reference", 'the interpreter runs kernels after kernels.use("triton")')
         elif op in MEASURED:
             wins = sum(kernel for _, kernel in MEASURED[op])
-            row = (op, "triton" if wins else "reference", f"not slower at {wins} of {len(MEASURED[op])} measured sizes")
+            row = (op, "triton", f"in compiled graphs at {wins} of {len(MEASURED[op])} measured sizes, where it is not slower")
+        elif op in UNMEASURED_TRITON:
+            row = (op, "triton", "in compiled graphs as well")
         else:
-            row = (op, "triton" if op in UNMEASURED_TRITON else "reference", "not measured")
+            row = (op, "triton", "in compiled graphs the reference: not measured")
         rows.append(row)
     return rows
 
@@ -168,29 +196,38 @@ def strided(tensor: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
 
 def register(op: torch.library.CustomOpDef, launcher: Callable[..., object]) -> None:
     """Makes `launcher` the implementation of a registered op on CUDA, and on the CPU where the interpreter runs kernels."""
+    _launchers[op] = launcher
     op.register_kernel("cuda")(launcher)
     if INTERPRETED:
         op.register_kernel("cpu")(launcher)
 
 
 class QuarterGrid(NamedTuple):
-    """How a noise kernel covers samples in the stream's quarter layout: `blocks` programs per sample, `block` counters each."""
+    """How a noise kernel covers a batch in the stream's quarter layout: `programs`, with `block` counters of `samples` samples each."""
 
+    programs: int
     block: int
-    blocks: int
+    samples: int
     num_warps: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What every noise kernel takes by these names."""
+        return {"BLOCK": self.block, "SAMPLES": self.samples, "MATH": MATH, "num_warps": self.num_warps}
 
-def quarter_grid(op: str, elements: int) -> QuarterGrid:
-    """Returns the grid for samples of this many elements. A thread takes four neighbouring counters, so each lane is one 128-bit store."""
+
+def quarter_grid(op: str, batch: int, elements: int) -> QuarterGrid:
+    """Returns the grid for a batch of samples of this many elements. A thread takes four neighbouring counters: a 128-bit store a lane."""
     if elements >= 2**31:
         raise ValueError(f"too many elements per sample in {op}(shape): {elements}. Use fewer than 2^31; the batch is not limited.")
     quarter = (elements + 3) // 4
     # The largest power of two that divides a quarter leaves no masked tail, if it is not small.
     block = min(512, quarter & -quarter)
     if block < 128:
-        block = max(16, min(512, 1 << (quarter - 1).bit_length()))
-    return QuarterGrid(block, -(-quarter // block), max(1, block // 128))
+        block = max(4, min(512, 1 << (quarter - 1).bit_length()))
+    # Small samples share the 32 threads of a program.
+    samples = max(1, 128 // block)
+    return QuarterGrid(-(-batch // samples) if samples > 1 else batch * -(-quarter // block), block, samples, max(1, block // 128))
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

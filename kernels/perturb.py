@@ -49,9 +49,8 @@ def perturb(
     """
     _check(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
     if launch.chosen("perturb", images, differentiated=(images, sigma_hi, sigma_lo, c_in_hi, c_in_lo)) == "triton":
-        x_hi, x_lo, scaled_hi, scaled_lo = torch.ops.fastcm.perturb(
-            images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype
-        )
+        arguments = (images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
+        x_hi, x_lo, scaled_hi, scaled_lo = launch.call(_perturb_op, *arguments)
         return Perturbed(
             x_hi, None if sigma_lo is None else x_lo, None if c_in_hi is None else scaled_hi, None if c_in_lo is None else scaled_lo
         )
@@ -91,10 +90,13 @@ def _column(coefficient: Tensor) -> Tensor:
 
 @triton.jit
 def clean_lane(
-    p_sample,
+    p_images,
+    i_sample,
     o_i,
+    i_first,
     o_first,
     mirrored,
+    mirrored_first,
     LANE: tl.constexpr,
     N: tl.constexpr,
     PLANE: tl.constexpr,
@@ -104,12 +106,12 @@ def clean_lane(
     MATH: tl.constexpr,
 ):
     """One lane of the images as fp32, bytes v as v / 127.5 - 1 within 1.2e-7."""
-    if p_sample.dtype.element_ty != tl.uint8:
-        b_lane = load_lane(p_sample, o_i, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK)
-    elif by_fours(N, WIDTH):
-        b_lane = load_byte_lane(p_sample, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    if p_images.dtype.element_ty == tl.uint8 and by_fours(N, WIDTH):
+        b_lane = load_byte_lane(p_images, i_first, o_first, mirrored_first, LANE, N, PLANE, WIDTH, LAST, BLOCK, MATH)
     else:
-        b_lane = load_lane(p_sample, o_i, o_first, mirrored, LANE, N, PLANE, WIDTH, LAST, BLOCK).to(tl.float32) * BYTE_SCALE - 1.0
+        b_lane = load_lane(p_images, i_sample, o_i, i_first, o_first, mirrored, mirrored_first, LANE, N, PLANE, WIDTH, LAST, BLOCK)
+        if p_images.dtype.element_ty == tl.uint8:
+            b_lane = b_lane.to(tl.float32) * BYTE_SCALE - 1.0
     return b_lane
 
 
@@ -122,7 +124,7 @@ def noise_lane(p_x, p_scaled, b_sigma, b_c_in, o_sample, o_i, b_clean, b_z, LANE
         store_lane(p_scaled + o_sample, o_i, b_c_in * b_x, LANE, N, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _perturb_kernel(
     p_images,
     p_seed,
@@ -143,23 +145,26 @@ def _perturb_kernel(
     c_in_lo_stride: tl.constexpr,
     p_x_lo,
     p_scaled_lo,
+    batch,
     N: tl.constexpr,
     PLANE: tl.constexpr,
     WIDTH: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    SAMPLES: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    i_sample, o_i, o_first = quarter_counters(N, BLOCK)
-    z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, 0, True, MATH)
-    p_sample = p_images + i_sample * N
+    i_sample, o_i, i_first, o_first = quarter_counters(batch, N, BLOCK, SAMPLES)
+    z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_first, o_first, 0, True, MATH)
     mirrored = None
+    mirrored_first = None
     if p_flip is not None:
         mirrored = tl.load(p_flip + i_sample * flip_stride).to(tl.int32)
-    b0 = clean_lane(p_sample, o_i, o_first, mirrored, 0, N, PLANE, WIDTH, LAST, BLOCK, MATH)
-    b1 = clean_lane(p_sample, o_i, o_first, mirrored, 1, N, PLANE, WIDTH, LAST, BLOCK, MATH)
-    b2 = clean_lane(p_sample, o_i, o_first, mirrored, 2, N, PLANE, WIDTH, LAST, BLOCK, MATH)
-    b3 = clean_lane(p_sample, o_i, o_first, mirrored, 3, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+        mirrored_first = tl.load(p_flip + i_first * flip_stride).to(tl.int32)
+    b0 = clean_lane(p_images, i_sample, o_i, i_first, o_first, mirrored, mirrored_first, 0, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    b1 = clean_lane(p_images, i_sample, o_i, i_first, o_first, mirrored, mirrored_first, 1, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    b2 = clean_lane(p_images, i_sample, o_i, i_first, o_first, mirrored, mirrored_first, 2, N, PLANE, WIDTH, LAST, BLOCK, MATH)
+    b3 = clean_lane(p_images, i_sample, o_i, i_first, o_first, mirrored, mirrored_first, 3, N, PLANE, WIDTH, LAST, BLOCK, MATH)
     o_sample = i_sample * N
     b_sigma_hi, b_c_in_hi = load_scalar(p_sigma_hi, sigma_hi_stride, i_sample), load_scalar(p_c_in_hi, c_in_hi_stride, i_sample)
     noise_lane(p_x_hi, p_scaled_hi, b_sigma_hi, b_c_in_hi, o_sample, o_i, b0, z0, 0, N, BLOCK)
@@ -191,9 +196,9 @@ def _launch_perturb(
         return outputs
     if images.data_ptr() % 16:
         images = images.clone()  # the kernel reads bytes by words
-    grid = launch.quarter_grid("perturb", elements)
+    grid = launch.quarter_grid("perturb", batch, elements)
     with launch.device_guard(images):
-        _perturb_kernel[(batch * grid.blocks,)](
+        _perturb_kernel[(grid.programs,)](
             images,
             *launch.strided(seed, batch),
             *launch.strided(position, batch),
@@ -206,13 +211,12 @@ def _launch_perturb(
             *launch.strided(c_in_lo, batch),
             None if sigma_lo is None else x_lo,
             None if c_in_lo is None else scaled_lo,
+            batch,
             N=elements,
             PLANE=images.shape[2] * images.shape[3],
             WIDTH=images.shape[3],
             LAST=not images.is_contiguous(),
-            BLOCK=grid.block,
-            MATH=launch.MATH,
-            num_warps=grid.num_warps,
+            **grid.constants,
         )
     return outputs
 

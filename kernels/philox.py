@@ -43,7 +43,7 @@ def normal(seed: Tensor, position: Tensor, shape: Sequence[int], *, stream: int)
     """
     _check("normal", seed, position, stream)
     if launch.chosen("philox", seed, elements=_batch(seed, position) * math.prod(shape)) == "triton":
-        return torch.ops.fastcm.normal(seed, position, shape, stream)
+        return launch.call(_normal_op, seed, position, shape, stream)
     return normal_reference(seed, position, shape, stream)
 
 
@@ -51,13 +51,16 @@ def uniform_field(seed: Tensor, position: Tensor, shape: Sequence[int], *, strea
     """Returns uniforms in (0, 1) [B, *shape] fp32: element l Q + i is u of word l of counter i (dropout masks)."""
     _check("uniform_field", seed, position, stream)
     if launch.chosen("philox", seed, elements=_batch(seed, position) * math.prod(shape)) == "triton":
-        return torch.ops.fastcm.uniform_field(seed, position, shape, stream)
+        return launch.call(_uniform_field_op, seed, position, shape, stream)
     return uniform_field_reference(seed, position, shape, stream)
 
 
 def uniform(seed: Tensor, position: Tensor, *, stream: int) -> Tensor:
     """Returns one uniform in (0, 1) per sample [B] fp32: u of word 0 of counter 0 (sigma, flip and label-drop draws)."""
     _check("uniform", seed, position, stream)
+    if launch.chosen("philox", seed, elements=_batch(seed, position)) == "triton":
+        # A sample of one element is word 0 of counter 0: one launch for what are some ninety operations of torch.
+        return launch.call(_uniform_field_op, seed, position, (), stream)
     zero = torch.zeros(1, dtype=torch.int64, device=seed.device)
     even, _ = _rounds(seed, position, zero, stream)
     return _uniforms(even[0])
@@ -154,7 +157,7 @@ def _field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: int, tr
     return field.view(batch, 4 * quarter)[:, :elements].contiguous().view(batch, *shape)
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream", "batch"])
 def _philox_kernel(
     p_out,
     p_seed,
@@ -162,13 +165,15 @@ def _philox_kernel(
     p_position,
     position_stride: tl.constexpr,
     stream,
+    batch,
     N: tl.constexpr,
     NORMAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    SAMPLES: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    i_sample, o_i, o_first = quarter_counters(N, BLOCK)
-    b0, b1, b2, b3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL, MATH)
+    i_sample, o_i, i_first, o_first = quarter_counters(batch, N, BLOCK, SAMPLES)
+    b0, b1, b2, b3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_first, o_first, stream, NORMAL, MATH)
     p_sample = p_out + i_sample * N
     store_lane(p_sample, o_i, b0, 0, N, BLOCK)
     store_lane(p_sample, o_i, b1, 1, N, BLOCK)
@@ -181,19 +186,10 @@ def _launch_field(seed: Tensor, position: Tensor, shape: Sequence[int], stream: 
     field = torch.empty((batch, *shape), dtype=torch.float32, device=seed.device)
     if field.numel() == 0:
         return field
-    grid = launch.quarter_grid("philox", elements)
+    grid = launch.quarter_grid("philox", batch, elements)
+    keys = (*launch.strided(seed, batch), *launch.strided(position, batch))
     with launch.device_guard(seed):
-        _philox_kernel[(batch * grid.blocks,)](
-            field,
-            *launch.strided(seed, batch),
-            *launch.strided(position, batch),
-            stream,
-            N=elements,
-            NORMAL=is_normal,
-            BLOCK=grid.block,
-            MATH=launch.MATH,
-            num_warps=grid.num_warps,
-        )
+        _philox_kernel[(grid.programs,)](field, *keys, stream, batch, N=elements, NORMAL=is_normal, **grid.constants)
     return field
 
 

@@ -11,6 +11,7 @@ from fastcm.kernels import launch
 from fastcm.kernels.launch import tl, triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MOST_PLANES = 4
 
 
 def precondition(x: Tensor, F_x: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def precondition(x: Tensor, F_x: Tensor, c_skip: Tensor, c_out: Tensor) -> Tenso
     launch.check_per_sample("precondition", "c_skip", c_skip, x.shape[0], like=x)
     launch.check_per_sample("precondition", "c_out", c_out, x.shape[0], like=x)
     if launch.chosen("precondition", x, differentiated=(c_skip, c_out)) == "triton":
-        return _precondition_op(x, F_x, c_skip, c_out)
+        return launch.call(_precondition_op, x, F_x, c_skip, c_out)
     return precondition_reference(x, F_x, c_skip, c_out)
 
 
@@ -49,22 +50,51 @@ def other_layout(o, N: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
-def _precondition_fwd_kernel(x, F_x, c_skip, c_out, D_x, N: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr):
-    i_b, o, m = sample_block(N, BLOCK)
-    b_x = tl.load(x + i_b * N + o, m).to(tl.float32)
-    b_F = tl.load(F_x + i_b * N + other_layout(o, N, INNER), m).to(tl.float32)
-    tl.store(D_x + i_b * N + o, tl.load(c_skip + i_b) * b_x + tl.load(c_out + i_b) * b_F, m)
+def _precondition_fwd_kernel(
+    x,
+    F_x,
+    c_skip,
+    skip_stride: tl.constexpr,
+    c_out,
+    out_stride: tl.constexpr,
+    D_x,
+    N: tl.constexpr,
+    INNER: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Walks x. PLANES > 1: x holds PLANES planes and F_x their pixels together; a program takes its pixels of every plane."""
+    i_b, o, m = sample_block(N // PLANES, BLOCK)
+    b_skip, b_out = tl.load(c_skip + i_b * skip_stride), tl.load(c_out + i_b * out_stride)
+    for plane in tl.static_range(PLANES):
+        o_x = o + plane * (N // PLANES)
+        o_F = o * PLANES + plane if PLANES > 1 else other_layout(o, N, INNER)
+        b_x, b_F = tl.load(x + i_b * N + o_x, m).to(tl.float32), tl.load(F_x + i_b * N + o_F, m).to(tl.float32)
+        tl.store(D_x + i_b * N + o_x, b_skip * b_x + b_out * b_F, m)
 
 
 @triton.jit
-def _precondition_bwd_kernel(grad, c_skip, c_out, grad_x, grad_F, N: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr):
+def _precondition_bwd_kernel(
+    grad,
+    c_skip,
+    skip_stride: tl.constexpr,
+    c_out,
+    out_stride: tl.constexpr,
+    grad_x,
+    grad_F,
+    N: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Walks grad and grad_x; where F alone gets a gradient grad_F, as the first-level cache merges scattered loads but no stores."""
     i_b, o, m = sample_block(N, BLOCK)
-    b_grad = tl.load(grad + i_b * N + o, m)
+    o_other = other_layout(o, N, INNER)
+    b_grad = tl.load(grad + i_b * N + (o_other if grad_x is None else o), m)
     if grad_x is not None:
-        tl.store(grad_x + i_b * N + o, (tl.load(c_skip + i_b) * b_grad).to(grad_x.dtype.element_ty), m)
+        tl.store(grad_x + i_b * N + o, (tl.load(c_skip + i_b * skip_stride) * b_grad).to(grad_x.dtype.element_ty), m)
     if grad_F is not None:
-        o_F = other_layout(o, N, INNER)
-        tl.store(grad_F + i_b * N + o_F, (tl.load(c_out + i_b) * b_grad).to(grad_F.dtype.element_ty), m)
+        p_F = grad_F + i_b * N + (o if grad_x is None else o_other)
+        tl.store(p_F, (tl.load(c_out + i_b * out_stride) * b_grad).to(grad_F.dtype.element_ty), m)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -80,11 +110,6 @@ def relative_layout(x: Tensor, other: Tensor) -> int:
     return x.shape[2] * x.shape[3] if x.is_contiguous() else x.shape[1]
 
 
-def per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient [B] or [1] as a contiguous [B]."""
-    return coefficient.expand(x.shape[0]).contiguous()
-
-
 def block_and_warps(elements: int, largest: int) -> tuple[int, int]:
     """(BLOCK, num_warps): a power of two that covers `elements`, at most `largest`; eight elements to a thread (two 128-bit accesses)."""
     if elements >= 2**31:
@@ -97,11 +122,22 @@ def _launch_fwd(x: Tensor, F_x: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor
     x, F_x = dense(x), dense(F_x)
     D_x = torch.empty_like(x, dtype=torch.float32)
     if D_x.numel():
-        n = x[0].numel()
-        block, warps = block_and_warps(n, 1024)
+        batch, n, inner = x.shape[0], x[0].numel(), relative_layout(x, F_x)
+        # Planes are few in images; what a program would hold of more of them does not fit its registers.
+        planes = x.shape[1] if inner and x.is_contiguous() and x.shape[1] <= MOST_PLANES else 1
+        block, warps = block_and_warps(n // planes, 1024 if planes == 1 else 512)
         with launch.device_guard(x):
-            _precondition_fwd_kernel[(x.shape[0] * triton.cdiv(n, block),)](
-                x, F_x, per_sample(c_skip, x), per_sample(c_out, x), D_x, N=n, INNER=relative_layout(x, F_x), BLOCK=block, num_warps=warps
+            _precondition_fwd_kernel[(batch * triton.cdiv(n // planes, block),)](
+                x,
+                F_x,
+                *launch.strided(c_skip, batch),
+                *launch.strided(c_out, batch),
+                D_x,
+                N=n,
+                INNER=inner,
+                PLANES=planes,
+                BLOCK=block,
+                num_warps=warps if planes == 1 else 2 * warps,
             )
     return D_x
 
@@ -112,17 +148,18 @@ def _launch_bwd(
     grad_x, grad_F = gradients = _empty_gradients(grad, c_skip, c_out, x_dtype, F_dtype, F_last)
     grad = dense(grad)
     if grad.numel():
-        n = grad[0].numel()
+        batch, n = grad.shape[0], grad[0].numel()
         block, warps = block_and_warps(n, 1024)
+        walked, other = (grad, grad_F) if x_dtype else (grad_F, grad)
         with launch.device_guard(grad):
-            _precondition_bwd_kernel[(grad.shape[0] * triton.cdiv(n, block),)](
+            _precondition_bwd_kernel[(batch * triton.cdiv(n, block),)](
                 grad,
-                per_sample(c_skip, grad),
-                per_sample(c_out, grad),
+                *launch.strided(c_skip, batch),
+                *launch.strided(c_out, batch),
                 grad_x if x_dtype else None,
                 grad_F if F_dtype else None,
                 N=n,
-                INNER=relative_layout(grad, grad_F) if F_dtype else 0,
+                INNER=relative_layout(walked, other) if F_dtype else 0,
                 BLOCK=block,
                 num_warps=warps,
             )
@@ -175,7 +212,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     needs_x, needs_F = ctx.needs_input_grad[:2]
     x_dtype, F_dtype = ctx.x_dtype if needs_x else None, ctx.F_dtype if needs_F else None
-    grad_x, grad_F = _backward_op(grad, *ctx.saved_tensors, x_dtype, F_dtype, ctx.F_last)
+    grad_x, grad_F = launch.call(_backward_op, grad, *ctx.saved_tensors, x_dtype, F_dtype, ctx.F_last)
     return grad_x if needs_x else None, grad_F if needs_F else None, None, None
 
 

@@ -1,21 +1,34 @@
 """Device code of the noise stream: Philox draws in the quarter layout, for kernels to call.
 
-A program owns BLOCK counters of one sample; a thread takes four neighbouring counters, so that each of the four lanes of a sample is read
-and written by wide accesses. Bounds are constants: a mask whose bound is not known to divide by 4 makes every access a scalar one.
+A program owns BLOCK counters of one sample, or of each of SAMPLES small ones; a thread takes four neighbouring counters, so that each of
+the four lanes of a sample is read and written by wide accesses. Bounds are constants: a mask whose bound is not known to divide by 4 makes
+every access a scalar one.
 """
 
 from fastcm.kernels.launch import libdevice, tl, triton
 
 
 @triton.jit
-def quarter_counters(N: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's place for samples of N elements: sample int64, counters [BLOCK] and each thread's first [BLOCK / 4], int32."""
-    QUARTER: tl.constexpr = (N + 3) // 4
-    BLOCKS: tl.constexpr = (QUARTER + BLOCK - 1) // BLOCK
+def quarter_counters(batch, N: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr):
+    """This program's place among `batch` samples of N elements: (samples, counters) of its elements and of each thread's first.
+
+    Samples are int64, one number or, where a program has several, [SAMPLES BLOCK] and [SAMPLES BLOCK / 4] like the counters, int32.
+    """
     pid = tl.program_id(0)
-    i_sample = (pid // BLOCKS).to(tl.int64)
-    first = (pid % BLOCKS) * BLOCK
-    return i_sample, first + tl.arange(0, BLOCK), first + 4 * tl.arange(0, BLOCK // 4)
+    if SAMPLES == 1:
+        QUARTER: tl.constexpr = (N + 3) // 4
+        BLOCKS: tl.constexpr = (QUARTER + BLOCK - 1) // BLOCK
+        i_sample = (pid // BLOCKS).to(tl.int64)
+        i_first = i_sample
+        first = (pid % BLOCKS) * BLOCK
+        o_i, o_first = first + tl.arange(0, BLOCK), first + 4 * tl.arange(0, BLOCK // 4)
+    else:
+        o_i, o_first = tl.arange(0, SAMPLES * BLOCK), 4 * tl.arange(0, SAMPLES * BLOCK // 4)
+        # Behind the last sample a program repeats it, to the bit: no access needs a mask.
+        i_sample = tl.minimum(pid * SAMPLES + o_i // BLOCK, batch - 1).to(tl.int64)
+        i_first = tl.minimum(pid * SAMPLES + o_first // BLOCK, batch - 1).to(tl.int64)
+        o_i, o_first = o_i % BLOCK, o_first % BLOCK
+    return i_sample, o_i, i_first, o_first
 
 
 @triton.jit
@@ -140,10 +153,10 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
-def quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL: tl.constexpr, MATH: tl.constexpr):
+def quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_first, o_first, stream, NORMAL: tl.constexpr, MATH: tl.constexpr):
     """The four lanes of normals or uniforms for the counters o_first .. o_first + 3 of each thread, in order."""
-    a0, a1, a2, a3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, NORMAL, MATH)
-    b0, b1, b2, b3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_first + 1, stream, NORMAL, MATH)
-    c0, c1, c2, c3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_first + 2, stream, NORMAL, MATH)
-    d0, d1, d2, d3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_sample, o_first + 3, stream, NORMAL, MATH)
+    a0, a1, a2, a3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_first, o_first, stream, NORMAL, MATH)
+    b0, b1, b2, b3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_first, o_first + 1, stream, NORMAL, MATH)
+    c0, c1, c2, c3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_first, o_first + 2, stream, NORMAL, MATH)
+    d0, d1, d2, d3 = draw_block(p_seed, seed_stride, p_position, position_stride, i_first, o_first + 3, stream, NORMAL, MATH)
     return in_order(a0, b0, c0, d0), in_order(a1, b1, c1, d1), in_order(a2, b2, c2, d2), in_order(a3, b3, c3, d3)

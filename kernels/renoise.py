@@ -38,7 +38,7 @@ def renoise(
     """
     _check(D_x, seed, position, sigma, step, known, mask)
     if launch.chosen("renoise", D_x, differentiated=(D_x, sigma, known)) == "triton":
-        return torch.ops.fastcm.renoise(D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
+        return launch.call(_renoise_op, D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
     return renoise_reference(D_x, seed, position, sigma, step, sigma_min, known, mask, clip)
 
 
@@ -49,7 +49,7 @@ def to_uint8(D_x: Tensor, *, layout: str = "NHWC") -> Tensor:
     if layout not in ("NHWC", "NCHW"):
         raise ValueError(f'unknown value in to_uint8(layout): {layout!r}. Use "NHWC" or "NCHW".')
     if launch.chosen("to_uint8", D_x) == "triton":
-        return torch.ops.fastcm.to_uint8(D_x, layout)
+        return launch.call(_to_uint8_op, D_x, layout)
     return to_uint8_reference(D_x, layout)
 
 
@@ -110,7 +110,7 @@ def renoise_lane(
     store_lane(p_out, o_i, b_x + b_scale * b_z, LANE, N, BLOCK)
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream", "batch"])
 def _renoise_kernel(
     p_D,
     p_seed,
@@ -126,6 +126,7 @@ def _renoise_kernel(
     p_mask,
     mask_stride,
     p_out,
+    batch,
     N: tl.constexpr,
     PLANE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -133,20 +134,20 @@ def _renoise_kernel(
     CLIP: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    SAMPLES: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    i_sample, o_i, o_first = quarter_counters(N, BLOCK)
-    p_sample = p_D + i_sample * N
-    b0 = load_lane(p_sample, o_i, o_first, None, 0, N, PLANE, WIDTH, LAST, BLOCK)
-    b1 = load_lane(p_sample, o_i, o_first, None, 1, N, PLANE, WIDTH, LAST, BLOCK)
-    b2 = load_lane(p_sample, o_i, o_first, None, 2, N, PLANE, WIDTH, LAST, BLOCK)
-    b3 = load_lane(p_sample, o_i, o_first, None, 3, N, PLANE, WIDTH, LAST, BLOCK)
+    i_sample, o_i, i_first, o_first = quarter_counters(batch, N, BLOCK, SAMPLES)
+    b0 = load_lane(p_D, i_sample, o_i, i_first, o_first, None, None, 0, N, PLANE, WIDTH, LAST, BLOCK)
+    b1 = load_lane(p_D, i_sample, o_i, i_first, o_first, None, None, 1, N, PLANE, WIDTH, LAST, BLOCK)
+    b2 = load_lane(p_D, i_sample, o_i, i_first, o_first, None, None, 2, N, PLANE, WIDTH, LAST, BLOCK)
+    b3 = load_lane(p_D, i_sample, o_i, i_first, o_first, None, None, 3, N, PLANE, WIDTH, LAST, BLOCK)
     b_sigma = load_scalar(p_sigma, sigma_stride, i_sample)
     b_scale = tl.sqrt(tl.maximum(b_sigma * b_sigma - sigma_min_squared, 0.0))
     if p_known is not None:
         p_known += i_sample * known_stride
         p_mask += i_sample * mask_stride
-    z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_sample, o_first, stream, True, MATH)
+    z0, z1, z2, z3 = quarter_lanes(p_seed, seed_stride, p_position, position_stride, i_first, o_first, stream, True, MATH)
     p_out += i_sample * N
     renoise_lane(p_out, o_i, b0, z0, b_scale, p_known, p_mask, 0, N, PLANE, MASK_PLANES, CLIP, BLOCK)
     renoise_lane(p_out, o_i, b1, z1, b_scale, p_known, p_mask, 1, N, PLANE, MASK_PLANES, CLIP, BLOCK)
@@ -194,11 +195,11 @@ def _launch_renoise(
     if out.numel() == 0:
         return out
     batch, elements = D_x.shape[0], D_x[0].numel()
-    grid = launch.quarter_grid("renoise", elements)
+    grid = launch.quarter_grid("renoise", batch, elements)
     known, known_stride = launch.strided(None if known is None else known.contiguous(), batch)
     mask, mask_stride = launch.strided(None if mask is None else mask.contiguous(), batch)
     with launch.device_guard(D_x):
-        _renoise_kernel[(batch * grid.blocks,)](
+        _renoise_kernel[(grid.programs,)](
             D_x,
             *launch.strided(seed, batch),
             *launch.strided(position, batch),
@@ -210,15 +211,14 @@ def _launch_renoise(
             mask,
             mask_stride,
             out,
+            batch,
             N=elements,
             PLANE=D_x.shape[2] * D_x.shape[3],
             WIDTH=D_x.shape[3],
             MASK_PLANES=0 if mask is None else mask.shape[1],
             CLIP=clip,
             LAST=not D_x.is_contiguous(),
-            BLOCK=grid.block,
-            MATH=launch.MATH,
-            num_warps=grid.num_warps,
+            **grid.constants,
         )
     return out
 

@@ -78,7 +78,12 @@ def _split_forward(dtype, trips: int) -> dict[str, Budget]:
     accesses = dtype.itemsize
     return {
         "group_statistics_partial": Budget(
-            instructions=32 if trips < 3 else 15, bytes_per_element=dtype.itemsize, counted=_COUNTED, load_bits={128: accesses}, trips=trips
+            instructions=32 if trips < 3 else 15,
+            registers=72,
+            bytes_per_element=dtype.itemsize,
+            counted=_COUNTED,
+            load_bits={128: accesses},
+            trips=trips,
         ),
         "group_statistics_merge": Budget(instructions=4, bytes_per_element=0.1, counted=_COUNTED),
         "split_output": Budget(

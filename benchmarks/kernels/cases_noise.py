@@ -9,6 +9,7 @@ from fastcm import kernels
 from fastcm.benchmarks.kernels.cases import AotCase, BenchCase, Budget, kernel_module
 
 _IMAGES = ((3, 32, 32), (3, 64, 64))
+_DIGITS, _DIGITS_BATCH = (1, 8, 8), 128
 # What the machine code of perturb may cost for an element, in any layout, from any dtype, with a flip or without.
 _PERTURB_INSTRUCTIONS = 36
 _BATCH = 2
@@ -19,36 +20,42 @@ def _seed() -> Tensor:
     return torch.zeros(1, dtype=torch.int64)
 
 
-def _positions() -> Tensor:
-    return torch.arange(_BATCH)
+def _batch(shape) -> int:
+    """Digits are small enough for several to share a program."""
+    return _DIGITS_BATCH if shape == _DIGITS else _BATCH
 
 
-def _per_sample() -> Tensor:
-    return torch.ones(_BATCH)
+def _positions(shape) -> Tensor:
+    return torch.arange(_batch(shape))
+
+
+def _per_sample(shape) -> Tensor:
+    return torch.ones(_batch(shape))
 
 
 def _images(shape, dtype, last: bool = False) -> Tensor:
-    return torch.empty((_BATCH, *shape), dtype=dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((_batch(shape), *shape), dtype=dtype).contiguous(memory_format=layout)
 
 
 def _elements(shape) -> int:
-    return _BATCH * math.prod(shape)
+    return _batch(shape) * math.prod(shape)
 
 
 def _philox_case(shape, variant: str, launch, budget: Budget) -> AotCase:
     def call():
-        return launch(_seed(), _positions(), shape, 0)
+        return launch(_seed(), _positions(shape), shape, 0)
 
     return AotCase(op="philox", variant=variant, shape=shape, launch=call, elements=_elements(shape), budgets={"philox": budget})
 
 
 def _perturb_case(shape, variant: str, budget: Budget, *, dtype=torch.uint8, pair=True, scaled=torch.bfloat16, flip=False, last=False):
     def call():
-        lo = _per_sample() if pair else None
-        c_in = _per_sample() if scaled else None
-        flips = torch.zeros(_BATCH, dtype=torch.bool) if flip else None
-        images, c_in_lo = _images(shape, dtype, last), c_in if pair else None
-        return _perturb._launch_perturb(images, _seed(), _positions(), _per_sample(), lo, c_in, c_in_lo, flips, scaled or torch.float32)
+        hi = _per_sample(shape)
+        lo, c_in, c_in_lo = hi if pair else None, hi if scaled else None, hi if pair and scaled else None
+        flips = torch.zeros(_batch(shape), dtype=torch.bool) if flip else None
+        images = _images(shape, dtype, last)
+        return _perturb._launch_perturb(images, _seed(), _positions(shape), hi, lo, c_in, c_in_lo, flips, scaled or torch.float32)
 
     return AotCase(op="perturb", variant=variant, shape=shape, launch=call, elements=_elements(shape), budgets={"perturb": budget})
 
@@ -58,7 +65,7 @@ def _renoise_case(shape, variant: str, budget: Budget, *, last=False, known=Fals
         pixels = torch.empty((_BATCH, *shape)) if known else None
         mask = torch.empty((_BATCH, 1, *shape[1:]), dtype=torch.bool) if known else None
         images = _images(shape, torch.float32, last)
-        return _renoise._launch_renoise(images, _seed(), _seed(), _per_sample(), 1, 0.002, pixels, mask, True)
+        return _renoise._launch_renoise(images, _seed(), _seed(), _per_sample(shape), 1, 0.002, pixels, mask, True)
 
     return AotCase(op="renoise", variant=variant, shape=shape, launch=call, elements=_elements(shape), budgets={"renoise": budget})
 
@@ -74,6 +81,10 @@ def _to_uint8_case(shape, variant: str, layout: str, budget: Budget) -> AotCase:
 # channels-last memory are loaded by elements, but for mirrored bytes, which a permutation of their word reverses.
 _NORMAL = Budget(instructions=25, bytes_per_element=4, store_bits={128: 4})
 _UNIFORM = Budget(instructions=18, bytes_per_element=4, store_bits={128: 4})
+# A program of several digits reads the coefficients of each, one for 64 elements.
+_NORMAL_DIGITS = Budget(instructions=25, bytes_per_element=4.13, store_bits={128: 4})
+_PAIR_DIGITS = Budget(instructions=_PERTURB_INSTRUCTIONS, bytes_per_element=13.5, load_bits={32: 4}, store_bits={128: 8, 64: 16})
+_RENOISE_DIGITS = Budget(instructions=29, bytes_per_element=8.1, load_bits={128: 4}, store_bits={128: 4})
 
 
 def _pair_budget(dtype=torch.uint8, scaled=torch.bfloat16, loads=None) -> Budget:
@@ -91,7 +102,9 @@ def _perturb_pair(shape, *, dtype=torch.uint8, scaled=torch.bfloat16, flip=False
 
 AOT_CASES = [
     *(_philox_case(shape, "normal", _philox._launch_normal, _NORMAL) for shape in _IMAGES),
+    _philox_case(_DIGITS, "normal", _philox._launch_normal, _NORMAL_DIGITS),
     _philox_case((192, 32, 32), "uniform field (dropout)", _philox._launch_uniform_field, _UNIFORM),
+    _perturb_case(_DIGITS, "uint8, pair, bf16 copies", _PAIR_DIGITS),
     _perturb_pair((3, 32, 32)),
     *(
         _perturb_pair((3, 64, 64), dtype=dtype, flip=flip, last=last)
@@ -101,6 +114,7 @@ AOT_CASES = [
     ),
     _perturb_pair((3, 64, 64), scaled=torch.float32),
     _perturb_case((3, 64, 64), "uint8, one", Budget(instructions=28, bytes_per_element=5, store_bits={128: 4}), pair=False, scaled=None),
+    _renoise_case(_DIGITS, "clip", _RENOISE_DIGITS),
     _renoise_case((3, 64, 64), "clip", Budget(instructions=28, bytes_per_element=8, load_bits={128: 4}, store_bits={128: 4})),
     _renoise_case((3, 64, 64), "clip, channels-last", Budget(instructions=30, bytes_per_element=8, store_bits={128: 4}), last=True),
     _renoise_case(

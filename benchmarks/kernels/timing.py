@@ -13,8 +13,8 @@ WARMUP_CALLS = 3
 def measure(call: Callable[[], object], *, regime: str, seconds: float) -> Quantiles:
     """Returns (p20, p50, p80) in milliseconds of `call`, from about `seconds` of measuring after a warm-up.
 
-    regime: "resident" replays a CUDA graph of many calls, so that launches cost what they cost inside a graph; "flushed" overwrites more
-    than the second-level cache before every call; "cpu" times single calls.
+    regime: "resident" replays a CUDA graph of many calls, so that launches cost what they cost inside a graph; "flushed" replays one of a
+    single call, each time after more than the second-level cache was overwritten; "cpu" times single calls.
     """
     for _ in range(WARMUP_CALLS):
         call()
@@ -52,12 +52,7 @@ def _graph_times(call: Callable[[], object], seconds: float) -> list[float]:
         single = _events(call, stream)
     # About a millisecond of work for each replay, so that the replay's own start does not count.
     calls = max(1, min(200, round(1.0 / max(single, 1e-3))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
+    graph = _captured(call, stream, calls)
     times, end = [], time.perf_counter() + seconds
     while len(times) < 10 or time.perf_counter() < end:
         times.append(_events(graph.replay, torch.cuda.current_stream()) / calls)
@@ -65,13 +60,29 @@ def _graph_times(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 def _flushed_times(call: Callable[[], object], seconds: float) -> list[float]:
+    # A captured call, as one from the host may take it longer than the flush and the call's kernels take the device: that would be timed.
+    graph = _captured(call, torch.cuda.Stream(), 1)
     size = max(256 * 2**20, 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
     flush = torch.empty(size // 4, dtype=torch.int32, device="cuda")
     times, end = [], time.perf_counter() + seconds
     while len(times) < 10 or time.perf_counter() < end:
         flush.zero_()
-        times.append(_events(call, torch.cuda.current_stream()))
+        times.append(_events(graph.replay, torch.cuda.current_stream()))
     return times
+
+
+def _captured(call: Callable[[], object], stream: torch.cuda.Stream, calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of this many calls, captured on `stream` and replayed once."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
 
 
 def _events(call: Callable[[], object], stream: torch.cuda.Stream) -> float:

@@ -71,7 +71,9 @@ def documented(text: str) -> str:
     """Returns the page with its tables replaced by what the latest results say."""
     ahead, on_gpu, on_cpu = latest("aot-*.json"), latest("kernels*.json", on_gpu=True), latest("kernels*.json", on_gpu=False)
     text = _between(text, "aot", aot_table(ahead) if ahead else "Not compiled yet.")
-    text = _between(text, "gpu", bench_table(on_gpu) if on_gpu else "Not measured on a GPU yet: `auto` takes the reference there.")
+    text = _between(
+        text, "gpu", bench_table(on_gpu) if on_gpu else "Not measured on a GPU yet: `auto` takes the reference in compiled graphs."
+    )
     return _between(text, "cpu", bench_table(on_cpu) if on_cpu else "Not measured on a CPU yet.")
 
 

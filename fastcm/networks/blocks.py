@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fastcm import kernels
+from fastcm.kernels import launch
 from fastcm.networks.dropout import Dropout
 
 
@@ -131,7 +132,7 @@ def attend(q, k, v):
 
 def self_attention(x, qkv: nn.Module, proj: nn.Module, heads: int):
     """proj(attend(qkv(x))) over all pixels of x [B, C, H, W]. The 3C channels of qkv are (3, heads, d)."""
-    if torch.compiler.is_exporting():
+    if launch.is_exporting():
         return _self_attention_of_planes(x, qkv, proj, heads)
     batch, channels, height, width = x.shape
     # Pixels before channels, and 1x1 convolutions as products: what the fused attentions want, and free for a channels-last x.

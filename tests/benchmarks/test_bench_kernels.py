@@ -1,6 +1,8 @@
 """The kernel benchmark: what it writes, what it refuses, the tables that come of it; and the speed of the CPU paths."""
 
+import contextlib
 import json
+import types
 
 import pytest
 import torch
@@ -142,6 +144,34 @@ def test_measured_rows_become_a_table():
     assert lines[0].startswith("2 threads of P, torch 2 (d)")
     assert lines[2] == "| op | variant | shape | compile | fastcm | GB/s | % of copy |"
     assert lines[4] == "| renoise | v | 2x8 | 2 | 1 | 812 | 91 |"
+
+
+def test_a_flushed_call_is_timed_as_a_replay(monkeypatch):
+    """From the host a short call would be timed with the host's own work in it."""
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        done.append("capture")
+        yield
+
+    event = types.SimpleNamespace(record=lambda stream: done.append("event"), synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    device = types.SimpleNamespace(L2_cache_size=2**20)
+    replaced = {"CUDAGraph": Graph, "graph": capture, "Event": lambda enable_timing: event, "synchronize": lambda: None}
+    replaced |= {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda stream: contextlib.nullcontext()}
+    replaced |= {"get_device_properties": lambda index: device, "current_device": lambda: 0}
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    flush = types.SimpleNamespace(zero_=lambda: done.append("flush"))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: flush)
+    assert measure(lambda: done.append("call"), regime="flushed", seconds=0) == (1.0, 1.0, 1.0)
+    assert done[:7] == ["call"] * 4 + ["capture", "call", "replay"]
+    assert done[7:] == ["flush", "event", "replay", "event"] * 10
 
 
 @pytest.mark.hardware("measures GB/s")

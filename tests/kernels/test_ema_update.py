@@ -7,7 +7,7 @@ from kernel_checks import each_implementation, using  # noqa: F401
 from fastcm import kernels
 
 
-@pytest.mark.parametrize("n", [0, 1, 63, 1023, 4096])
+@pytest.mark.parametrize("n", [0, 1, 63, 1023, 4096, 5003])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_matches_float64(device, n, as_tensor):
     average, source = torch.randn(2, n).unbind()

@@ -56,9 +56,19 @@ def test_uniforms_are_the_words_to_the_bit(device, elements):
     assert torch.equal(found.double(), u.permute(0, 2, 1).reshape(4, -1)[:, :elements])
 
 
-def test_scalar_uniform_is_word_zero():
-    u = ((kernels.philox_words(SEEDS, ZERO, torch.arange(1), stream=3)[:, 0, 0] >> 9).double() + 0.5) * 2.0**-23
-    assert torch.equal(kernels.uniform(SEEDS, ZERO, stream=3).double(), u)
+def test_scalar_uniform_is_word_zero(device):
+    seeds = SEEDS.repeat(10)[:37]  # the kernel's programs have 32 samples each
+    u = ((kernels.philox_words(seeds, ZERO, torch.arange(1), stream=3)[:, 0, 0] >> 9).double() + 0.5) * 2.0**-23
+    found = kernels.uniform(seeds.to(device), ZERO.to(device), stream=3).cpu()
+    assert found.shape == (37,) and torch.equal(found.double(), u)
+
+
+@pytest.mark.parametrize(("batch", "shape"), [(19, (1, 8, 8)), (1, (1, 8, 8)), (5, (3, 7, 5)), (33, (3,))], ids=str)
+def test_small_samples_share_a_program(device, batch, shape):
+    """Up to the last one of the batch, which ends a program early."""
+    position = torch.arange(batch) - 3
+    found = kernels.normal(SEEDS[1:2].to(device), position.to(device), shape, stream=16).cpu()
+    assert (found - exact_normals(SEEDS[1:2], position, shape, 16)).abs().max() < NORMAL_TOLERANCE[device.type]
 
 
 def test_samples_do_not_depend_on_their_batch(device):

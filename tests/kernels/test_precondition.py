@@ -45,11 +45,17 @@ def test_value_and_gradients_match_float64(device, shape, dtype, x_format, F_for
 
 
 @pytest.mark.parametrize("needed", ["x", "F_x"])
-def test_one_gradient_alone(device, needed):
-    x, F_x, c_skip, c_out = (t.to(device) for t in arguments((2, 3, 5, 7)))
+@pytest.mark.parametrize(("x_format", "F_format"), [("nchw", "nchw"), ("nchw", "nhwc"), ("nhwc", "nchw")])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 6, 12, 9)], ids=str)  # few planes, whose pixels a program has together; and more
+def test_one_gradient_alone(device, needed, x_format, F_format, shape):
+    x, F_x, c_skip, c_out = (t.to(device) for t in arguments(shape))
+    x, F_x = x.contiguous(memory_format=FORMATS[x_format]), F_x.contiguous(memory_format=FORMATS[F_format])
     leaf, coefficient = (x, c_skip) if needed == "x" else (F_x, c_out)
-    kernels.precondition(x, F_x, c_skip, c_out).sum().backward() if leaf.requires_grad_().is_leaf else None
-    assert torch.equal(leaf.grad, coefficient.view(-1, 1, 1, 1).expand_as(leaf))
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+    D_x = kernels.precondition(x, F_x, c_skip, c_out) if leaf.requires_grad_().is_leaf else None
+    assert torch.allclose(D_x.detach(), precondition_reference(x, F_x, c_skip, c_out).detach(), atol=1e-6)
+    D_x.backward(upstream)
+    assert torch.equal(leaf.grad, coefficient.view(-1, 1, 1, 1) * upstream) and leaf.grad.stride() == leaf.stride()
     assert (F_x if needed == "x" else x).grad is None
 
 
