@@ -6,7 +6,8 @@ v = y A + b, A = weight (1 + scale), and dv the gradient at v, the backward is (
     dx = (dv A - mean(dv A) - y mean(dv A y)) / std,  S1 = sum_pixels dv,  S2 = sum_pixels dv y,
 and the gradients of weight, bias, scale and shift are products of S1, S2 [B, C].
 Bytes per fp32 element in one pass, where the pixels of a few groups fit a program: 8 forward, 12 backward. Larger slabs are split over
-programs: statistics, then the output: 12 forward, 20 backward.
+programs: statistics, then the output: 12 forward, 20 backward. A program with one pixel for each thread gives the threads of a group
+values of 1 / std that may differ in the last bit: the compiler contracts the first step of the sum of squares.
 """
 
 import torch

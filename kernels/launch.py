@@ -97,10 +97,10 @@ def is_exporting() -> bool:
 
 
 def call(op: torch.library.CustomOpDef, *arguments: Any) -> Any:
-    """Calls a registered op whose kernel was chosen and which changes none of its arguments.
+    """Calls a registered op that changes none of its arguments.
 
-    Where only the result counts - no gradient, no graph, plain tensors - this is its launcher: the op's own dispatch keeps the host busy
-    for several times as long.
+    Where its kernel runs and only the result counts - no gradient, no graph, plain tensors - this is its launcher: the op's own dispatch
+    keeps the host busy for several times as long.
     """
     return (_launchers[op] if _only_results(arguments) else op)(*arguments)
 
@@ -109,7 +109,7 @@ def _only_results(arguments: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         return False
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
+    if not all(type(tensor) in (Tensor, torch.nn.Parameter) and (tensor.is_cuda or INTERPRETED) for tensor in tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 

@@ -86,7 +86,7 @@ def _precondition_bwd_kernel(
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Walks grad and grad_x; where F alone gets a gradient grad_F, as the first-level cache merges scattered loads but no stores."""
+    """Walks grad and grad_x, or grad_F where that is all: the first-level cache merges scattered loads, not stores."""
     i_b, o, m = sample_block(N, BLOCK)
     o_other = other_layout(o, N, INNER)
     b_grad = tl.load(grad + i_b * N + (o_other if grad_x is None else o), m)
@@ -123,7 +123,7 @@ def _launch_fwd(x: Tensor, F_x: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor
     D_x = torch.empty_like(x, dtype=torch.float32)
     if D_x.numel():
         batch, n, inner = x.shape[0], x[0].numel(), relative_layout(x, F_x)
-        # Planes are few in images; what a program would hold of more of them does not fit its registers.
+        # A program of a single plane would use a part of each sector of F_x. Images have few planes; more are not unrolled.
         planes = x.shape[1] if inner and x.is_contiguous() and x.shape[1] <= MOST_PLANES else 1
         block, warps = block_and_warps(n // planes, 1024 if planes == 1 else 512)
         with launch.device_guard(x):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,23 @@ import torch
 from fastcm import kernels
 from fastcm.kernels import launch
 
+if launch.INTERPRETED:
+    # triton 3.6 makes a loop's bound an int by int(array), which NumPy 2.4 refuses for arrays of one element; 3.7 does not.
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_bounds(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_bounds
+
 ROOT = Path(__file__).resolve().parents[2]
+# The tests of files that hold kernels.
+KERNEL_TESTS = sorted(
+    f"tests/kernels/test_{path.stem}.py" for path in (ROOT / "kernels").glob("*.py") if "_kernel[" in path.read_text(encoding="utf-8")
+)
 # A GPU's fast logarithm, sine and cosine cost up to this for each normal; the reference and the interpreter keep 2e-6.
 NORMAL_TOLERANCE = {"cpu": 2e-6, "cuda": 1e-5}
 
@@ -98,9 +115,9 @@ def exact_normals(seed: torch.Tensor, position: torch.Tensor, shape: tuple[int, 
     return torch.from_numpy(np.stack(samples))
 
 
-def run_interpreted(test_files: list[str], *, timeout: float = 600) -> str:
+def run_interpreted(test_files: list[str], *, timeout: float = 600, environment: Mapping[str, str] = os.environ) -> str:
     """Runs these test files in a process under TRITON_INTERPRET=1 and returns pytest's closing line; AssertionError where one fails."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *test_files]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout, check=False)

@@ -137,6 +137,30 @@ def test_sample_offsets_are_64_bit():
         assert "arith.constant 3072 : i64" in ttir and "arith.constant 3072 : i32" not in ttir, launched.name
 
 
+@pytest.mark.parametrize("op", ["precondition", "distance"])
+def test_one_coefficient_for_a_batch_is_not_copied(op):
+    one, images = torch.rand(1), torch.rand(2, 3, 4, 4)
+    given = one.expand(2)
+    side = (images, images, given, given)
+    module = kernel_module(op)
+    arguments = side if op == "precondition" else (*side, *side, given, "l2", 0.0, True)
+    (launched,) = aot.record_launches(lambda: module._launch_fwd(*arguments))
+    flat = [part for value in launched.args for part in (value if isinstance(value, tuple) else (value,))]
+    read = [value for value in flat if isinstance(value, torch.Tensor) and value.data_ptr() == one.data_ptr()]
+    assert len(read) == {"precondition": 2, "distance": 5}[op]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_grids_hold_for_large_images(backward):
+    """CUDA's second and third axes end at 65,535 programs, which tiles of pixels pass at 2048 x 2048."""
+    norm, x = kernel_module("group_norm"), torch.empty(1, 64, 4096, 4096, device="meta").to(memory_format=torch.channels_last)
+    statistics = torch.empty(1, 16, device="meta")
+    forward, gradient = (x, 16, None, None, 1e-5, None, None, True), (x, x, 16, None, None, None, None, True, statistics, statistics)
+    launches = aot.record_launches(lambda: norm._launch_bwd(*gradient) if backward else norm._launch_fwd(*forward))
+    assert {launched.name for launched in launches} & {"split_output", "split_gradient"}
+    assert all(launched.grid[0] < 2**31 and max(launched.grid[1:], default=0) < 65_536 for launched in launches)
+
+
 def test_committed_report_covers_the_cases_within_budget():
     content = tables.latest("aot-*.json")
     rows = {(row["op"], row["variant"], tuple(row["shape"]), row["kernel"], row["sm"]): row for row in content["rows"]}

@@ -51,6 +51,18 @@ def test_the_function_stays_the_same(name):
     assert not [name for name, tensor in network.named_parameters() if tensor is None]  # the network itself is left alone
 
 
+def test_attention_is_written_out_in_exported_graphs_alone(monkeypatch):
+    """torch 2.11 makes `torch.compiler.is_exporting()` the constant True in every function that it compiles."""
+    layer, fused = randomised(blocks.Attention(16, heads=2)), []
+    monkeypatch.setattr(blocks, "attend", lambda q, k, v: fused.append(q) or q)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    layer(torch.randn(3, 16, 4, 4))
+    assert len(fused) == 1
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+    layer(torch.randn(3, 16, 4, 4))
+    assert len(fused) == 1
+
+
 def test_attention_of_planes_is_attention():
     """What a graph holds: k's bias left out, v's moved behind the product."""
     layer = randomised(blocks.Attention(16, heads=2))
