@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastcm.errors import InputError, RunError
+from fastcm.errors import InputError, RunError, reason_of
 from fastcm.export.parity import SEEDS, check_inputs, cpu_run
 from fastcm.generation.onnx_contract import Contract
 
@@ -47,7 +47,7 @@ def fuse(path: Path, contract: Contract) -> Fusion:
             _sign(fused, path)
         return Fusion("extended", before, after, difference, kept)
     except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
-        raise RunError(f"ONNX Runtime cannot fuse {path.name}: {str(error).splitlines()[0]}. Nothing was written.") from error
+        raise RunError(f"ONNX Runtime cannot fuse {path.name}: {reason_of(error)}. Nothing was written.") from error
     finally:
         fused.unlink(missing_ok=True)
 
@@ -72,5 +72,6 @@ def _sign(fused: Path, path: Path) -> None:
     used = {node.domain for node in model.graph.node}
     for entry in [entry for entry in model.opset_import if entry.domain not in used]:
         model.opset_import.remove(entry)
+    model.ir_version = original.ir_version
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     path.write_bytes(model.SerializeToString(deterministic=True))

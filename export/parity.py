@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm.errors import RunError
+from fastcm.errors import RunError, reason_of
 from fastcm.export.program import Program
 from fastcm.generation.onnx_contract import Contract
 from fastcm.generation.sampler import SeedNoise
@@ -108,5 +108,5 @@ def cpu_run(path: Path) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise RunError(f"ONNX Runtime refuses {path.name}: {str(error).strip().splitlines()[0]}. Nothing was written.") from error
+        raise RunError(f"ONNX Runtime refuses {path.name}: {reason_of(error)}. Nothing was written.") from error
     return lambda feeds: session.run(["images"], feeds)[0]

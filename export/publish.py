@@ -42,13 +42,18 @@ def publish(folder: Path, out: Path) -> None:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(file, out.with_name(file.name))
-    data = out.with_name(f"{out.name}.data")
+    data = beside(out, ".data")
     if data.name not in [file.name for file in files]:
         data.unlink(missing_ok=True)  # of a larger model that stood here before
 
 
+def beside(out: Path, ending: str) -> Path:
+    """The name of what belongs to `out`: its whole name and the ending, so that m.onnx and m.pt2 have one each."""
+    return out.with_name(f"{out.name}{ending}")
+
+
 def manifest_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.manifest.json")
+    return beside(out, ".manifest.json")
 
 
 def write_manifest(folder: Path, out: Path, content: dict[str, Any], *, form: tuple[str, int] = (FORMAT, VERSION)) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcm.errors import RunError
+from fastcm.errors import RunError, reason_of
 from fastcm.export.quiet import quiet
 from fastcm.export.targets import Target
 from fastcm.generation.onnx_contract import Contract
@@ -39,7 +39,7 @@ def checked(path: Path):
             onnx.shape_inference.infer_shapes_path(str(path), str(inferred), strict_mode=True)
             return onnx.load(inferred, load_external_data=False)
     except Exception as error:
-        raise refused(path, "malformed graph", str(error).strip().splitlines()[0]) from error
+        raise refused(path, "malformed graph", reason_of(error)) from error
     finally:
         inferred.unlink(missing_ok=True)
 

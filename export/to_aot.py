@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.errors import InputError, RunError
+from fastcm.errors import InputError, RunError, reason_of
 from fastcm.export import publish
 from fastcm.export.onnx_metadata import metadata
 from fastcm.export.parity import Comparison, check_images
@@ -81,8 +81,10 @@ def compile_package(program, contract: Contract, path: Path, properties: dict[st
             exported = export_program(program, example_inputs(contract))
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": properties})
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"torch cannot compile {path.name}: {reason}. A C++ compiler (g++) is needed. Nothing was written.") from error
+        reason = reason_of(error)
+        raise RunError(
+            f"torch cannot compile {path.name}: {reason}. It takes a C++ compiler, g++ or that of CXX. Nothing was written."
+        ) from error
 
 
 def package_run(path: Path):

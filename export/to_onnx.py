@@ -1,14 +1,14 @@
 """A denoiser to an ONNX file that is published only after ONNX Runtime has made torch's images with it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.errors import InputError, RunError, nearest
+from fastcm.errors import InputError, RunError, nearest, reason_of
 from fastcm.export import publish
 from fastcm.export.fusion import Fusion, fuse
 from fastcm.export.onnx_metadata import CONFIG, metadata
@@ -138,10 +138,20 @@ def convert(program: Program, contract: Contract, *, target: Target, opset: int,
                 verbose=False,
             )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         name = type(program.levels[0].network).__name__
         raise RunError(f"torch cannot export the network {name}: {reason}. Nothing was written.") from error
-    return _clean(exported.model, properties)
+    model = _clean(exported.model, properties)
+    model.ir_version = lowest_ir_version(model.opset_imports)
+    return model
+
+
+def lowest_ir_version(opsets: Mapping[str, int]) -> int:
+    """The oldest version of the file format that has the opsets: what reads them reads the file. Torch writes its newest."""
+    from onnx import helper
+
+    ids = [helper.make_operatorsetid(domain, version) for domain, version in opsets.items()]
+    return helper.find_min_ir_version_for(ids, ignore_unknown=True)
 
 
 def _contract(denoiser: Denoiser, info: dict, **form) -> Contract:
@@ -196,7 +206,7 @@ def write(model, path: Path) -> None:
     if size < SINGLE_FILE_BYTES:
         path.write_bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
     else:
-        onnx_ir.save(model, path, external_data=f"{path.name}.data")
+        onnx_ir.save(model, path, external_data=publish.beside(path, ".data").name)
 
 
 def _manifest(exported: Exported, target: Target) -> dict:

@@ -79,12 +79,12 @@ def polygraphy(onnx: Path, plan: Path, contract: Contract, batches: Profile) -> 
 
 
 def _cache(plan: Path) -> Path:
-    return plan.with_suffix(".timing.cache")
+    return publish.beside(plan, ".timing.cache")
 
 
 def write_commands(exported: Exported, plan: Path, batches: Profile) -> Path:
     """Writes both commands as a script beside the ONNX file, to be run in that folder on the machine with the GPU; returns its path."""
-    script, onnx = exported.path.with_suffix(".tensorrt.sh"), Path(exported.path.name)
+    script, onnx = publish.beside(exported.path, ".tensorrt.sh"), Path(exported.path.name)
     build, compare = (tool(onnx, Path(plan.name), exported.contract, batches) for tool in (trtexec, polygraphy))
     lines = [
         "#!/bin/sh",

@@ -1,6 +1,7 @@
 """The two kinds of error that users see, each one line that names the option or file, its value and the remedy."""
 
 import difflib
+import re
 import tokenize
 import zipfile
 import zlib
@@ -47,6 +48,17 @@ def check_given(name: str, value: object) -> None:
     """InputError where an option's value is empty text or an empty path, which would silently mean the current folder."""
     if isinstance(value, str) and not value.strip():
         raise InputError(f"empty value in {name}: {value!r}. Give one, or leave it out.")
+
+
+def reason_of(error: BaseException | str, *, limit: int = 300) -> str:
+    """What a library's error says, in one line of `limit` characters at most; of a failed C++ compiler, that line of its output."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[0]
+    if re.search(r"CppCompileError|InvalidCxxCompiler|C\+\+ compile error", f"{type(error).__name__} {text[:2000]}"):
+        found = (line for line in lines[1:] if re.search(r"\berror:|not found|No such file|[Nn]o working", line))
+        line = f"no working C++ compiler: {next(found, lines[0])}"
+    return line[:limit].rstrip(". ")
 
 
 def shown(value: object) -> str:

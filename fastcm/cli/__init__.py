@@ -18,10 +18,16 @@ from importlib import metadata
 from types import ModuleType
 
 import fastcm
-from fastcm.errors import InputError, PeerError, RunError, check_given, nearest
+from fastcm.errors import InputError, PeerError, RunError, check_given, nearest, reason_of
 
 COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "serve", "info", "bench")
 EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPT, EXIT_PIPE = 2, 1, 130, 141
+MOST_CHARACTERS = 1000  # of a message
+# What takes less memory, by the options that a command has.
+LESS_MEMORY = {
+    "train": "Use a smaller --batch, --microbatch or --precision bf16.",
+    **dict.fromkeys(("sample", "edit", "evaluate", "serve"), "Use --precision bf16, or a machine with more."),
+}
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("torchmetrics", "scipy"), "metrics"),
@@ -87,6 +93,7 @@ def _module(command: str) -> ModuleType:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for input, 1 for run time, 130 after Ctrl-C. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -99,14 +106,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report("interrupted", debug=False, prefix="fastcm: ")
         return EXIT_INTERRUPT
     except BrokenPipeError:
-        # The reader of our output left (`fastcm info | head`): point stdout elsewhere, or Python complains once more at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()  # the reader of our output left (`fastcm info | head`)
         return EXIT_PIPE
     except Exception as error:
-        code, message = _described(error)
+        if _was_interrupted(error):
+            _report("interrupted", debug="--debug" in argv, prefix="fastcm: ")
+            return EXIT_INTERRUPT
+        code, message = _described(error, next((word for word in argv if word in COMMANDS), None))
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk under it, which is what the message says
+            _leave_stdout()
         if not isinstance(error, PeerError):
             _report(message, debug="--debug" in argv)
         return _left(code)
+
+
+def _open_closed_streams() -> None:
+    """os.devnull in the place of standard streams that the caller closed (`fastcm info MODEL >&-`), before a file gets their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - the process's own
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
+
+
+def _leave_stdout() -> None:
+    """Points stdout elsewhere, or Python complains once more at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what a library's error came from."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _left(code: int) -> int:
@@ -163,9 +204,11 @@ def _refuse_unknown(words: list[str], actions: list[argparse.Action], command: s
             raise InputError(f"unknown {kind} in {where}: {word}. See {where} --help.{nearest(word, options)}")
 
 
-def _described(error: Exception) -> tuple[int, str]:
+def _described(error: Exception, command: str | None = None) -> tuple[int, str]:
     """Exit code and one line for an error, whatever its kind."""
     text = " ".join(str(error).split())
+    if len(text) > MOST_CHARACTERS:  # a value of any length was quoted: the remedy stands at the end
+        text = f"{text[: MOST_CHARACTERS - 300]} ... {text[-300:]}"
     if isinstance(error, InputError):
         return EXIT_INPUT, text
     if isinstance(error, PeerError):
@@ -180,8 +223,9 @@ def _described(error: Exception) -> tuple[int, str]:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError) and error.filename:
         return EXIT_INPUT, f"{(error.strerror or type(error).__name__).lower()}: {error.filename}. Check the path."
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's class, named without importing torch
-        return EXIT_RUN, f"out of memory: {text.split('. ')[0] or 'host memory'}. Use a smaller --batch or --precision bf16."
-    return EXIT_RUN, f"unexpected {type(error).__name__}: {text}. Run again with --debug for the traceback."
+        what = reason_of(error).split(". ")[0] if text else "host memory"
+        return EXIT_RUN, f"out of memory: {what}. {LESS_MEMORY.get(command, 'Free some and run it again.')}"
+    return EXIT_RUN, f"unexpected {type(error).__name__}: {reason_of(error)}. Run again with --debug for the traceback."
 
 
 def _report(message: str, *, debug: bool, prefix: str = "fastcm: error: ") -> None:

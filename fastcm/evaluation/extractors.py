@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastcm.errors import InputError
+from fastcm.errors import InputError, reason_of
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which torch.hub checks as well
@@ -47,7 +47,7 @@ class ModuleFeatures:
         try:
             output = self.module(x)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = reason_of(error)
             shape = list(images.shape[1:])
             raise InputError(f"the feature network refuses the images in --features: {self.name}: {reason}. They are {shape}.") from error
         features, scores = output if isinstance(output, tuple) else (output, None)
@@ -77,7 +77,7 @@ class InceptionFeatures:
         try:
             torch.load(path, map_location="cpu", weights_only=True)  # tensors alone: torch-fidelity itself would run what a pickle says
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = reason_of(error)
             raise InputError(f"not a plain state dict in {path}: {reason}. {remedy}.") from None
         self.device = torch.device(device)
         self.network = network.FeatureExtractorInceptionV3(

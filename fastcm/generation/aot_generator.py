@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastcm.consistency.denoiser import Preconditioning
-from fastcm.errors import InputError, RunError
+from fastcm.errors import InputError, RunError, reason_of
 from fastcm.generation.onnx_contract import Contract
 from fastcm.generation.onnx_generator import Feeds, OnnxGenerator
 from fastcm.weights.fields import check_model_fields
@@ -27,7 +27,7 @@ class AotGenerator(OnnxGenerator):
             self._package = aoti_load_package(str(self.path))
             properties = self._package.get_metadata()
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = reason_of(error)
             raise InputError(f"torch {torch.__version__} cannot load {self.path}: {reason}. Export it again with this torch.") from None
         try:
             info, sigmas, form = (json.loads(properties[f"fastcm.{name}"]) for name in ("config", "sigmas", "graph"))
@@ -54,6 +54,6 @@ class AotGenerator(OnnxGenerator):
             try:
                 images = self._package(*tensors)
             except Exception as error:
-                raise RunError(f"{self.path} failed: {str(error).strip().splitlines()[0][:200]}. Export it again.") from None
+                raise RunError(f"{self.path} failed: {reason_of(error)}. Export it again.") from None
             parts.append(images.numpy())
         return np.concatenate(parts)[:count]

@@ -6,8 +6,7 @@ import threading
 import torch
 from torch import Tensor
 
-from fastcm.errors import InputError, nearest
-from fastcm.generation.cuda_graph import reason_of
+from fastcm.errors import InputError, nearest, reason_of
 from fastcm.generation.frozen import FrozenLevel
 
 COMPILE = ("auto", "on", "off")

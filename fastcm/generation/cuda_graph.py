@@ -55,11 +55,6 @@ def cause_of(error: BaseException) -> BaseException:
     return cause
 
 
-def reason_of(error: BaseException) -> str:
-    """What an error says in at most 200 characters of one line, or else its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _end_allocation(device: torch.device, pool: tuple[int, int]) -> None:
     """Takes the allocator out of a capture that older versions of torch have left it in; without, empty_cache and captures would fail."""
     if torch.torch_version.TorchVersion(torch.__version__) >= ENDS_FAILED_CAPTURES:

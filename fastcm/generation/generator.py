@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
-from fastcm.errors import InputError, RunError, nearest
+from fastcm.errors import InputError, RunError, nearest, reason_of
 from fastcm.generation.compiled import CompiledLevel, chosen_compile
 from fastcm.generation.cuda_choices import exact_fp32
-from fastcm.generation.cuda_graph import CapturedBatch, cause_of, reason_of
+from fastcm.generation.cuda_graph import CapturedBatch, cause_of
 from fastcm.generation.devices import choose_device
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
@@ -241,7 +241,10 @@ class Generator(EditingTasks):
         images, finite = drawn
         bad = seeds[~finite]
         if len(bad):
-            cause = f"The weights are broken, or overflow in {self.precision}: try --precision fp32."
+            exact = self.precision == "fp32"
+            cause = (
+                "The weights are broken." if exact else f"The weights are broken, or overflow in {self.precision}: try --precision fp32."
+            )
             raise RunError(f"non-finite pixels in the image of seed {bad[0]} ({len(bad)} of {len(seeds)} images). {cause}")
         return images
 

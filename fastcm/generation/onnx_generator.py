@@ -10,7 +10,7 @@ import torch
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Preconditioning
-from fastcm.errors import InputError, RunError, nearest
+from fastcm.errors import InputError, RunError, nearest, reason_of
 from fastcm.generation.onnx_binding import Buffers
 from fastcm.generation.onnx_contract import GENERATE, Contract
 from fastcm.generation.onnx_editing import OnnxEditing
@@ -146,7 +146,7 @@ class OnnxGenerator(OnnxEditing):
         try:
             return self._buffers.run(feeds)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise RunError(f"ONNX Runtime failed in {self.path}: {reason}. Export it again.") from None
 
     def _images(self, feeds: Feeds, seeds: np.ndarray, output: str) -> np.ndarray:

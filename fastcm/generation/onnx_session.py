@@ -9,7 +9,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from fastcm.errors import InputError, RunError
+from fastcm.errors import InputError, RunError, reason_of
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -130,9 +130,9 @@ def _refusal(path: Path, error: Exception) -> str:
         head = path.read_bytes()[:64] if path.is_file() else b""
         kind = "a Git LFS pointer (run git lfs pull)" if head.startswith(b"version https://git-lfs") else "not a complete ONNX file"
         return f"unreadable graph in {path}: {kind}. Export or copy it again."
-    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", reason_of(error, limit=1000))
     reason = re.sub(r"/onnxruntime_src/\S+ |\S+\(.*?\)(?= )", "", reason)
-    return f"ONNX Runtime refuses {path}: {reason.rstrip('.')}. Export it again with this fastcm."
+    return f"ONNX Runtime refuses {path}: {reason[:300].rstrip('.')}. Export it again with this fastcm."
 
 
 def missing_library(onnxruntime, provider: str) -> str | None:

@@ -30,5 +30,5 @@ class LossScale:
         if exponent < 0:
             raise RunError(
                 f"loss scale of fp16 below 1 in --precision: fp16 (2^{exponent:.0f}): gradients are not finite at any scale. "
-                "The weights are those of the last finite step; use --precision bf16."
+                "Use --precision bf16, or a lower --lr."
             )

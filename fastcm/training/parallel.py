@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcm.errors import InputError, PeerError, RunError
+from fastcm.errors import InputError, PeerError, RunError, reason_of
 
 # How long a process waits for the others within a step, and while the writer decodes, samples, evaluates or saves.
 STEP_TIMEOUT, WORK_TIMEOUT = timedelta(minutes=10), timedelta(hours=12)
@@ -159,7 +159,7 @@ def joined() -> Iterator[Processes]:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         raise InputError(f"processes that do not meet in torchrun: {reason}. Start them by torchrun, or unset WORLD_SIZE.") from error
     dist.init_process_group("gloo", store=dist.PrefixStore("fastcm", store), rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     processes = Processes(rank, size, local_rank=int(os.environ.get("LOCAL_RANK", rank)), store=store)

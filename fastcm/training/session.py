@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.errors import PeerError, RunError
+from fastcm.errors import PeerError, RunError, reason_of
 from fastcm.generation.generator import Generator
 from fastcm.training.checkpoint import check_room, complete_steps, newest_checkpoint, save_checkpoint
 from fastcm.training.monitor import Monitor
@@ -77,8 +77,10 @@ class Session:
         with StopRequest() as self.request, self.monitor if self.folder is not None else contextlib.nullcontext():
             try:
                 trainer.train(log_every_s=LOG_EVERY_S, on_log=self._log, on_step=self._between_steps)
-            except RunError as error:
-                raise self._with_checkpoint(error) from error
+            except Exception as error:
+                if self.request.signal is None or self.processes.size > 1:
+                    raise self._explained(error) from error
+                self.signal = self.request.signal  # which ended what this process was waiting for, as a compiler: the steps are whole
             if self.saved_nimg != trainer.nimg:
                 self._checkpoint()
             if self.folder is not None:
@@ -88,10 +90,12 @@ class Session:
         self.processes.barrier()
         return RunResult(self.out / "model", trainer.nimg, trainer.total_nimg, self.signal)
 
-    def _with_checkpoint(self, error: RunError) -> RunError:
-        """The error, with the checkpoint that the run can be taken up from."""
+    def _explained(self, error: Exception) -> Exception:
+        """The error, with the checkpoint that the run can be taken up from; torch's compiler's as one line."""
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            error = RunError(f"torch.compile failed in --compile: {reason_of(error)}. Use --compile off, or mend what it says.")
         steps = [] if self.folder is None or isinstance(error, PeerError) else complete_steps(self.folder.checkpoints)
-        return type(error)(f"{error} The last checkpoint is step-{steps[-1]:09d}.") if steps else error
+        return type(error)(f"{error} The last checkpoint is step-{steps[-1]:09d}.") if steps and isinstance(error, RunError) else error
 
     def _log(self, progress: Progress) -> None:
         self.folder.check_present()

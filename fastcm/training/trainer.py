@@ -75,6 +75,7 @@ class Trainer:
         self.processes = processes or Processes()
         self.share = self.processes.share(config.batch)
         self.total_nimg = round(config.duration_kimg * 1000)
+        self.precision = precision
         self.optimizer = FlatOptimizer(network, target_network, config.optimizer, dtype=DTYPES[precision])
         self.student = Denoiser(for_training(network, network) if compiled else network, config.noise)
         self.target = self.student
@@ -219,7 +220,7 @@ class Trainer:
         if self.microbatch == 1:
             raise RunError(
                 "out of memory with one image at a time in --microbatch: 1. "
-                "Use --set network.checkpoint=true, --precision bf16 or a smaller network; the last checkpoint is kept."
+                f"Use --set network.checkpoint=true,{' --precision bf16' if self.precision == 'fp32' else ''} or a smaller network."
             )
         self.work.stop()
         self.set_microbatch(-(-self.microbatch // 2))
@@ -238,7 +239,7 @@ class Trainer:
         elif int(self.nonfinite[1]) >= NONFINITE_LIMIT:
             raise RunError(
                 f"loss or gradient not finite in {NONFINITE_LIMIT} steps in a row in --lr: {self.config.optimizer.lr}. "
-                "The weights are those of the last finite step; lower --lr or use --precision fp32."
+                f"Lower --lr{'' if self.precision == 'fp32' else ', or use --precision fp32'}."
             )
         return Progress(
             self.step,

@@ -98,7 +98,7 @@ class OutOfMemoryError(RuntimeError):
         (_os_error(errno.ENOENT), 2, "no such file or directory: out/x. Check the path."),
         (_os_error(errno.EACCES), 2, "permission denied: out/x. Check the path."),
         (_os_error(errno.ENOSPC), 1, "no space left on the device for out/x. Make room and run the same command again."),
-        (OutOfMemoryError("CUDA. Tried to"), 1, "out of memory: CUDA. Use a smaller --batch or --precision bf16."),
+        (OutOfMemoryError("CUDA. Tried to"), 1, "out of memory: CUDA. Free some and run it again."),
         (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 1, "missing package: onnx. pip install 'fastcm[export]'."),
         (KeyError("lost"), 1, "unexpected KeyError: 'lost'. Run again with --debug for the traceback."),
     ],

@@ -56,14 +56,14 @@ def test_commands_use_published_options_alone(contract, tmp_path):
 def test_the_exact_commands():
     contract = Contract(1, 3, 32, 10, precision="fp16")
     assert " ".join(to_tensorrt.trtexec("m.onnx", to_tensorrt.Path("m.plan"), contract, Profile(1, 4, 16))) == (
-        "trtexec --onnx=m.onnx --saveEngine=m.plan --stronglyTyped --noTF32 --timingCacheFile=m.timing.cache"
+        "trtexec --onnx=m.onnx --saveEngine=m.plan --stronglyTyped --noTF32 --timingCacheFile=m.plan.timing.cache"
         " --minShapes=noise:1x3x32x32,labels:1 --optShapes=noise:4x3x32x32,labels:4 --maxShapes=noise:16x3x32x32,labels:16 --skipInference"
     )
     assert " ".join(to_tensorrt.polygraphy("m.onnx", to_tensorrt.Path("m.plan"), contract, Profile(1, 4, 16))) == (
         "polygraphy run m.onnx --onnxrt --trt --strongly-typed --trt-min-shapes noise:[1,3,32,32] labels:[1]"
         " --trt-opt-shapes noise:[4,3,32,32] labels:[4] --trt-max-shapes noise:[16,3,32,32] labels:[16]"
         " --input-shapes noise:[4,3,32,32] labels:[4] --val-range noise:[-3,3] labels:[0,9]"
-        " --load-timing-cache m.timing.cache --save-timing-cache m.timing.cache --atol 0.02 --rtol 0"
+        " --load-timing-cache m.plan.timing.cache --save-timing-cache m.plan.timing.cache --atol 0.02 --rtol 0"
     )
 
 
@@ -83,7 +83,7 @@ def test_without_tensorrt_the_command_writes_a_script(tmp_path, monkeypatch, cap
     monkeypatch.setattr("fastcm.api.load_denoiser", lambda model: (None, {}))
     assert cli.main(["export", "run", "--tensorrt", str(tmp_path / "x.plan"), "--precision", "fp16", "--profile", "1,2,8"]) == 0
     assert asked["target"] == "tensorrt" and asked["out"] == tmp_path / "x.onnx" and asked["precision"] == "fp16"
-    script = done.path.with_suffix(".tensorrt.sh")
+    script = done.path.with_name(f"{done.path.name}.tensorrt.sh")
     try:
         assert str(script) in capsys.readouterr().out
         subprocess.run(["sh", "-n", str(script)], check=True)
@@ -134,7 +134,7 @@ def test_the_engine_is_compared_before_it_is_published(tmp_path, stand):
     assert [row.batch for row in built.comparisons] == [1, 2] and all(0 < row.max_error < 1e-5 for row in built.comparisons)
     assert stand.log[:4] == [("flags", 2), ("cleared", "tf32"), ("shape", "noise", (1, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8)), LABELS]
     assert stand.log[4:6] == ["profile", ("cache", b"")] and built.capabilities == ((8, 6),)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.manifest.json", "x.timing.cache"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.manifest.json", "x.plan.timing.cache"]
     content = read_manifest(plan)
     assert content["engine"] == {"runtime": "tensorrt", "version": "10.15.1", "capabilities": [[8, 6]], "profile": [1, 2, 4]}
     assert content["onnx"] == {"name": "plain.onnx", "sha256": hashlib.sha256(done.path.read_bytes()).hexdigest()}
