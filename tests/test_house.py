@@ -214,7 +214,7 @@ def test_files_and_functions_fit():
 
 
 def test_modules_open_with_what_they_own():
-    no(relative(path) for path in PYTHON_FILES if path.name != "__init__.py" and not ast.get_docstring(tree(path)))
+    no(relative(path) for path in PYTHON_FILES if not ast.get_docstring(tree(path)))
 
 
 def test_arguments_do_not_travel_unnamed():

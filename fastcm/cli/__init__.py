@@ -1,6 +1,7 @@
 """The command line: one module per command, one line per error, one exit code per kind of error.
 
 A command is a module `fastcm/cli/<command>.py` with `add(subparsers)`, which declares the options, and `run(args) -> int | None`.
+In: words. Out: files, lines on the terminal, an exit code. The work itself is done by the rooms below.
 Nothing here and nothing at the top of a command module imports torch: `fastcm --help` answers at once.
 """
 

@@ -1,4 +1,9 @@
-"""Networks F(x, c_noise, labels): plain modules that never see sigma."""
+"""Networks F(x, c_noise, labels): plain modules that never see sigma.
+
+Owns the U-Nets and their parts: patches, resampling, dropout by position, the forward pass for drawing alone.
+In: a kind and its options, then [B, C, H, W] inputs, c_noise [B] and class numbers. Out: a tensor of the input's height and width; `build`
+makes a network, and refuses an option by its name. Knows kernels; no noise level, file or optimizer.
+"""
 
 import torch
 from torch import nn
