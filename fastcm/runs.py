@@ -1,6 +1,8 @@
 """From what a user asks for (a preset, data, a method, overrides) to a run: the same for the command line and for Python."""
 
 import copy
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +17,25 @@ from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.errors import InputError, check_given, nearest, shown
 from fastcm.generation.generator import Generator
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
-from fastcm.training.config_file import read_config_file
+from fastcm.training.config_file import flat, read_config_file
 from fastcm.training.parallel import Processes, joined
+from fastcm.training.quantities import kimg, seconds
 from fastcm.training.run import RunResult, check_network, run
+from fastcm.training.run_logs import RunLog, chosen_logs
 from fastcm.training.starting_point import check_images, like
 from fastcm.training.trainer import Callbacks
 from fastcm.weights.model_folder import network_config
 
 Source = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
-# Options of `train` that name a field of TrainConfig otherwise than the field.
-OPTION_FIELDS = {"lr": "optimizer.lr"}
+# Options of `train` that name a field of TrainConfig otherwise than the field, and how their values are read from text.
+OPTION_FIELDS = {
+    "lr": "optimizer.lr",
+    "duration": "duration_kimg",
+    "checkpoint_every": "checkpoint_every_s",
+    "evaluate_every": "evaluate_every_kimg",
+    "sample_every": "sample_every_kimg",
+}
+READ_AS = {"duration_kimg": kimg, "checkpoint_every_s": seconds, "evaluate_every_kimg": kimg, "sample_every_kimg": kimg}
 # Settings that say how the data set is read.
 DATA_SETTINGS = ("channels", "labels_file", "image_column", "label_column")
 PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
@@ -64,7 +75,8 @@ def plan(
         for name, given in (("preset", preset), ("method", method), ("data", data), ("teacher", teacher), ("out", out))
     )
     written = {name: value for name, value in written.items() if name not in PLAN_ARGUMENTS}
-    changes = {OPTION_FIELDS.get(name, name): _text(name, value) for name, value in {**written, **(changes or {})}.items()}
+    changes = {OPTION_FIELDS.get(name, name): _text(name, value) for name, value in {**written, **flat(changes or {})}.items()}
+    changes = {name: READ_AS[name](value) if name in READ_AS and isinstance(value, str) else value for name, value in changes.items()}
     preset, method, data, teacher, out = (
         _text(name, given) for name, given in zip(PLAN_ARGUMENTS, (preset, method, data, teacher, out), strict=True)
     )
@@ -163,8 +175,11 @@ def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
             )
 
 
-def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None = None) -> RunResult:
-    """Trains, or resumes what stands in the plan's folder; with `processes`, together with the other ones that call this."""
+def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None = None, logs: Sequence[RunLog] | None = None) -> RunResult:
+    """Trains, or resumes what stands in the plan's folder; with `processes`, together with the other ones that call this.
+
+    logs: what receives the run's figures; None for TensorBoard where it is installed.
+    """
     return run(
         ready.config,
         ready.out,
@@ -174,33 +189,54 @@ def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None
         init=ready.init,
         callbacks=callbacks,
         processes=processes,
+        logs=chosen_logs(None) if logs is None else logs,
     )
 
 
 def train(
     preset: str | None = None,
     *,
-    network: nn.Module | None = None,
+    network: nn.Module | dict[str, Any] | None = None,
     data: Source | None = None,
     method: str | None = None,
-    teacher: str | None = None,
+    teacher: str | Path | None = None,
     out: str | Path | None = None,
+    config: str | Path | None = None,
+    log: str | RunLog | Iterable[str | RunLog] | None = None,
     callbacks: Callbacks = (),
     **overrides: Any,
 ) -> Generator:
     """Trains a model, or resumes the same call, and returns its generator.
 
     preset: a name of fastcm.presets; digits where neither it nor data is given, folder where only data is. network: any nn.Module
-    F(x, c_noise, labels) with x fp32 [B, C, H, W], c_noise fp32 [B], labels int64 [B] or None, that returns the shape of x.
-    data: a folder, an .npz, "digits", an array uint8 [N, H, W, C], or (array, labels). callbacks: called as callback(progress, trainer)
-    at each log line. overrides: fields of TrainConfig (`duration_kimg=50`), nested ones as a dict `{"network.channels": 64}` in `settings`.
+    F(x, c_noise, labels) with x fp32 [B, C, H, W], c_noise fp32 [B], labels int64 [B] or None, that returns the shape of x; or settings of
+    the preset's own network, dict(channels=48). data: what --data takes, an array uint8 [N, H, W, C], or (array, labels). config: a file of
+    settings. log: what --log takes, or objects with the methods of `training.run_logs.RunLog`. callbacks: called as
+    callback(progress, trainer) at each log line.
+    overrides: the command line's options (lr=1e-3, batch=64, duration="50kimg", checkpoint_every="10m") and any field of TrainConfig, those
+    of its sections as dictionaries, objective=dict(P_mean=0.6), or by dotted names, **{"objective.P_mean": 0.6} or the same in `settings`.
     Raises InputError for what cannot be used, RunError where training fails; Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
     changes = {**overrides.pop("settings", {}), **overrides}
-    with joined() as processes:
-        with processes.writer_first():
-            ready = plan(preset, method=method, data=data, teacher=teacher, out=out, network=network, changes=changes)
-        result = start(ready, callbacks=callbacks, processes=processes)
+    if isinstance(network, dict):
+        network, changes = None, {**changes, "network": {**network, **changes.get("network", {})}}
+    try:
+        logs = chosen_logs(log)
+        with joined() as processes:
+            options = {"method": method, "data": data, "teacher": teacher, "out": out, "network": network, "config_file": config}
+            with processes.writer_first():
+                ready = plan(preset, **options, changes=changes)
+            result = start(ready, callbacks=callbacks, processes=processes, logs=logs)
+    except InputError as error:
+        raise InputError(_in_python(str(error))) from error
     if result.signal is not None:
         raise KeyboardInterrupt
     return load(result.model, network=None if network is None else copy.deepcopy(network))
+
+
+def _in_python(message: str) -> str:
+    """An error's line in the names of Python's arguments; what it says of commands stays."""
+    parts = re.split(r"(?<=\.) ", message.replace("in --set:", "in fastcm.train:").replace("--set ", ""))
+    return " ".join(
+        part if "fastcm " in part else re.sub(r"--([a-z][a-z-]*)", lambda match: match[1].replace("-", "_"), part) for part in parts
+    )

@@ -9,9 +9,15 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser("info", help="describe a model or run", description=__doc__)
     models = "a run, model or diffusers folder, an .onnx or .plan, an OpenAI .pt, an EDM .pkl or hf:owner/name"
     parser.add_argument("model", metavar="MODEL", help=models)
+    parser.add_argument("--watch", action="store_true", help="of a run: loss, images/s, time left and the newest samples, drawn again")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.watch:
+        from fastcm.cli.info_watch import watch
+
+        return watch(Path(args.model))
+
     from fastcm import api
 
     kind, path = api.resolve_model(args.model)

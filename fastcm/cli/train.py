@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from fastcm.errors import InputError
+from fastcm.training.quantities import kimg, seconds
 
-KIMG = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)(img|kimg|mimg)?", re.IGNORECASE)
 SCHEDULE_ROWS, SHOWN_CLASSES = 8, 12
-SECONDS = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
 
 
 def add(subparsers) -> None:
@@ -51,6 +49,7 @@ def add(subparsers) -> None:
     parser.add_argument("--checkpoint-every", metavar="T", type=seconds, help="time between checkpoints, as 30s or 10m")
     parser.add_argument("--evaluate-every", metavar="N", type=kimg, help="images between two measurements; the best model is kept in best/")
     parser.add_argument("--sample-every", metavar="N", type=kimg, help="images between two sample grids")
+    parser.add_argument("--log", metavar="NAMES", help="some of tensorboard,wandb,trackio, or none; TensorBoard where it is installed")
     parser.add_argument("--lpips-weights", metavar="FILE", help="VGG16's state dict, for objective.distance=lpips")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and schedule, and stop")
 
@@ -66,27 +65,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", metavar="NAME", help="the classes' column, or none; the ClassLabel by default")
 
 
-def kimg(text: str) -> float:
-    """Thousands of images of `500kimg`, `2Mimg`, `64000img` or a plain number."""
-    match = KIMG.fullmatch(text)
-    if match is None:
-        raise InputError(f"not a number of images: {text}. Write it as 500kimg, 2Mimg or 64000img.")
-    return float(match[1]) * {"img": 1e-3, "kimg": 1.0, "mimg": 1e3, None: 1.0}[match[2] and match[2].lower()]
-
-
-def seconds(text: str) -> float:
-    """Seconds of `30s`, `10m`, `1h` or a plain number."""
-    match = SECONDS.fullmatch(text)
-    if match is None:
-        raise InputError(f"not a time: {text}. Write it as 30s, 10m or 1h.")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
-
-
 def run(args: argparse.Namespace) -> int:
     from fastcm import runs
     from fastcm.training.parallel import joined
+    from fastcm.training.run_logs import chosen_logs
 
     with joined() as processes:
+        logs = chosen_logs(args.log)
         with processes.writer_first():
             ready = plan(args)
         if processes.is_writer:
@@ -97,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(ready.config.as_dict(), indent=1))
         if args.dry_run:
             return 0
-        result = runs.start(ready, processes=processes)
+        result = runs.start(ready, processes=processes, logs=logs)
     if processes.is_writer:
         report(result)
     return 0 if result.signal is None else 128 + result.signal

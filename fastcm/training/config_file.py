@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             content = _settings_of_run(content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"broken settings of a run in --config: {path} ({error}). Restore the file from a copy.") from None
+    return flat(content)
+
+
+def flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose sections are dictionaries or dotted names, all as dotted names."""
     settings = {}
     for name, value in content.items():
         if name in SECTIONS and isinstance(value, dict):

@@ -1,9 +1,8 @@
-"""What a person watches while a run trains: the progress bar, log.jsonl, TensorBoard, sample grids, the measured quality."""
+"""What a person watches while a run trains: the progress bar, log.jsonl, the logs of `--log`, sample grids, the measured quality."""
 
-import contextlib
-import importlib.util
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,8 +13,10 @@ from fastcm import evaluation
 from fastcm.errors import InputError
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
-from fastcm.training.run_folder import RunFolder
+from fastcm.training.run_folder import CONFIG_NAME, RunFolder
+from fastcm.training.run_logs import RunLog, RunLogs
 from fastcm.training.trainer import Progress, Trainer
+from fastcm.weights.model_folder import read_json
 
 SAMPLE_SEEDS = range(40)
 CONSISTENCY_IMAGES = 16  # of the run's first, for self-consistency: a figure to compare along one run
@@ -23,10 +24,10 @@ PLAIN_LINE_EVERY_S = 30.0
 
 
 class Monitor:
-    """Reports one run. As a context it owns the bar and TensorBoard's writer."""
+    """Reports one run. As a context it owns the bar and the logs."""
 
-    def __init__(self, folder: RunFolder, trainer: Trainer):
-        self.folder, self.trainer = folder, trainer
+    def __init__(self, folder: RunFolder, trainer: Trainer, logs: Sequence[RunLog] = ()):
+        self.folder, self.trainer, self.logs = folder, trainer, RunLogs(logs)
         self.judge: Any = None
 
     def __enter__(self) -> "Monitor":
@@ -34,11 +35,7 @@ class Monitor:
         self.bar = tqdm(
             total=trainer.total_nimg, initial=trainer.nimg, unit="img", unit_scale=True, smoothing=0.1, disable=None, file=sys.stderr
         )
-        self.writer = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=trainer.nimg)
+        self.logs.begin(folder=self.folder.path, config=read_json(self.folder.path / CONFIG_NAME), nimg=trainer.nimg)
         self.last_line = time.monotonic()
         self.says_compiled = trainer.compiled
         if trainer.compiled:
@@ -49,15 +46,13 @@ class Monitor:
 
     def __exit__(self, *exc: object) -> None:
         self.bar.close()
-        if self.writer is not None:
-            with contextlib.suppress(OSError):  # a folder that is gone has had its error
-                self.writer.close()
+        self.logs.end()
 
     def advance(self, nimg: int) -> None:
         self.bar.update(min(nimg, self.bar.total) - self.bar.n)
 
     def log(self, progress: Progress) -> None:
-        """One row of log.jsonl, the bar's figures, TensorBoard's scalars, and on a pipe a plain line now and then."""
+        """One row of log.jsonl, the bar's figures, the logs' scalars, and on a pipe a plain line now and then."""
         row = {k: v for k, v in asdict(progress).items() if k != "total_nimg"}
         if self.trainer.device.type == "cuda":
             row["memory_reserved_gb"] = round(torch.cuda.memory_reserved(self.trainer.device) / 1e9, 3)
@@ -68,7 +63,7 @@ class Monitor:
         self.folder.append_log(row)
         reserved = {"GB": f"{row['memory_reserved_gb']:.1f}"} if "memory_reserved_gb" in row else {}
         self.bar.set_postfix(loss=f"{progress.loss:.4g}", N=progress.steps, **reserved, refresh=False)
-        self._scalars({name: row[name] for name in ("loss", "grad_norm", "lr", "steps", "mu", "images_per_s")}, progress.nimg)
+        self.logs.scalars({name: row[name] for name in ("loss", "grad_norm", "lr", "steps", "mu", "images_per_s")}, progress.nimg)
         now = time.monotonic()
         if self.bar.disable and (now - self.last_line >= PLAIN_LINE_EVERY_S or progress.nimg >= progress.total_nimg):
             self.last_line = now
@@ -80,11 +75,6 @@ class Monitor:
                 file=sys.stderr,
             )
 
-    def _scalars(self, values: dict[str, float], nimg: int) -> None:
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, nimg)
-
     def sample(self, generator: Generator) -> None:
         """A PNG grid of samples from fixed seeds: one step, or the teacher's Heun solver."""
         sampler = "heun" if self.trainer.config.method == "edm" else "consistency"
@@ -93,7 +83,7 @@ class Monitor:
         pictures.save_png(
             path, pictures.grid(images, columns=10), text={"nimg": str(self.trainer.nimg), "seeds": f"0-{len(SAMPLE_SEEDS) - 1}"}
         )
-
+        self.logs.picture(path, self.trainer.nimg)
         if sampler == "consistency":
             self._self_consistency(generator)
 
@@ -109,7 +99,7 @@ class Monitor:
             teacher=trainer.method_loss.teacher,
         )
         self.folder.append_log({"nimg": trainer.nimg, "self_consistency": value})
-        self._scalars({"self_consistency": value}, trainer.nimg)
+        self.logs.scalars({"self_consistency": value}, trainer.nimg)
 
     def finish(self, generator: Generator) -> None:
         self.sample(generator)
@@ -127,6 +117,6 @@ class Monitor:
         figures = self.judge.figures(lambda seeds, labels: generator(seeds, labels, sampler=sampler))
         row = {"nimg": self.trainer.nimg, **figures}
         self.folder.append_log(row)
-        self._scalars(figures, self.trainer.nimg)
+        self.logs.scalars(figures, self.trainer.nimg)
         self.bar.write(f"{self.trainer.nimg / 1000:.1f} kimg  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr)
         return figures

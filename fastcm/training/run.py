@@ -1,6 +1,7 @@
 """A training run from settings to a session: everything is opened and checked before anything is created."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from fastcm.training.method_loss import Guides
 from fastcm.training.parallel import Processes
 from fastcm.training.resumed_settings import settings
 from fastcm.training.run_folder import RunFolder
+from fastcm.training.run_logs import RunLog
 from fastcm.training.session import RunResult, Session
 from fastcm.training.starting_point import check_against, copy_weights
 from fastcm.training.trainer import Callbacks, Trainer
@@ -68,11 +70,12 @@ def run(
     init: tuple[Denoiser, dict] | None = None,
     callbacks: Callbacks = (),
     processes: Processes | None = None,
+    logs: Sequence[RunLog] = (),
 ) -> RunResult:
     """Trains, or resumes what stands in `out`. network: a module of the user's own, F(x, c_noise, labels); else the config's is built.
 
     teacher, init: opened models (denoiser, config.json). processes: those that train together, each in this call; alone by default.
-    callbacks: called in the writer's process. Raises InputError before anything is created, RunError afterwards.
+    callbacks, logs: called in the writer's process. Raises InputError before anything is created, RunError afterwards.
     """
     processes = processes or Processes()
     device, network = choose_device(config.device), network if network is not None else build_network(config)
@@ -110,7 +113,7 @@ def run(
             guides=guides,
             processes=processes,
         )
-        return Session(trainer, out, folder, callbacks).train()
+        return Session(trainer, out, folder, callbacks, logs).train()
     finally:
         if folder is not None:
             folder.close()

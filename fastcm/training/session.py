@@ -5,6 +5,7 @@ import copy
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastcm.generation.generator import Generator
 from fastcm.training.checkpoint import check_room, complete_steps, newest_checkpoint, save_checkpoint
 from fastcm.training.monitor import Monitor
 from fastcm.training.run_folder import RunFolder
+from fastcm.training.run_logs import RunLog
 from fastcm.training.signals import StopRequest
 from fastcm.training.trainer import Callbacks, Progress, Trainer
 from fastcm.weights.model_folder import save_model
@@ -37,14 +39,14 @@ class RunResult:
 class Session:
     """One run of the trainer. folder: the run folder, open in the writer's process; None in the others, which write nothing."""
 
-    def __init__(self, trainer: Trainer, out: Path, folder: RunFolder | None, callbacks: Callbacks):
+    def __init__(self, trainer: Trainer, out: Path, folder: RunFolder | None, callbacks: Callbacks, logs: Sequence[RunLog] = ()):
         self.trainer, self.out, self.folder, self.callbacks = trainer, out, folder, callbacks
         self.config, self.processes = trainer.config, trainer.processes
         self.best: dict | None = None
         self.signal: int | None = None
         if self.folder is not None:
             self._resume()
-            self.monitor = Monitor(self.folder, trainer)
+            self.monitor = Monitor(self.folder, trainer, logs)
         trainer.follow_writer()
         self.saved_nimg = self.trainer.nimg if self.trainer.step else -1
         self.saved_at = time.monotonic()
