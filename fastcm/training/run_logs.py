@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -60,7 +61,7 @@ class WandB:
         place.mkdir(exist_ok=True)
         known = place / "run-id.txt"
         if not known.is_file():
-            known.write_text(wandb.util.generate_id(), encoding="ascii")
+            known.write_text(secrets.token_hex(4), encoding="ascii")
         project = os.environ.get("WANDB_PROJECT", "fastcm")
         identity = {"id": known.read_text(encoding="ascii").strip(), "resume": "allow"}
         self.module, self.run = wandb, wandb.init(project=project, name=folder.name, dir=str(folder), config=config, **identity)

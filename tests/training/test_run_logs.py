@@ -1,4 +1,4 @@
-"""Where a run's figures go: TensorBoard's files, wandb offline, an object of one's own; what fails, what is refused, and the names of Python."""
+"""Where a run's figures go: TensorBoard's files, wandb offline, an object of one's own; watching; train() as Python is written."""
 
 import json
 
@@ -71,12 +71,8 @@ def test_tensorboard_has_figures_grids_and_settings(tmp_path):
 def test_wandb_offline(tmp_path, monkeypatch):
     """A run in offline mode by the command's names; a resumed one keeps its id."""
     pytest.importorskip("wandb")
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_CACHE_DIR": tmp_path / "c",
-        "WANDB_CONFIG_DIR": tmp_path / "d",
-    }.items():
+    places = {"WANDB_CACHE_DIR": tmp_path / "cache", "WANDB_CONFIG_DIR": tmp_path / "config"}
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
         monkeypatch.setenv(name, str(value))
     settings = [word for name, value in SMALL.items() if name.startswith("network.") for word in ("--set", f"{name}={json.dumps(value)}")]
     command = ["train", "digits", "--out", str(tmp_path / "run"), "--batch", "16", "--device", "cpu", "--log", "wandb", *settings]
@@ -159,16 +155,8 @@ def test_durations(seconds, shown):
 
 def test_python_takes_the_command_lines_names_and_dictionaries():
     """Nested dictionaries, options and dotted keys mean the same."""
-    expected = runs.plan(
-        "digits",
-        changes={
-            "network.channels": 48,
-            "objective.P_mean": 0.7,
-            "optimizer.lr": 1e-3,
-            "duration_kimg": 2000.0,
-            "checkpoint_every_s": 600.0,
-        },
-    ).config
+    dotted = {"network.channels": 48, "objective.P_mean": 0.7, "optimizer.lr": 1e-3}
+    expected = runs.plan("digits", changes={**dotted, "duration_kimg": 2000.0, "checkpoint_every_s": 600.0}).config
     sections = {"network": {"channels": 48}, "objective": {"P_mean": 0.7}}
     assert runs.plan("digits", changes={**sections, "lr": 1e-3, "duration": "2Mimg", "checkpoint_every": "10m"}).config == expected
     mixed = {"network": {"channels": 48}, "objective.P_mean": 0.7, "optimizer": {"lr": 1e-3}, "duration": 2000.0, "checkpoint_every": 600}
@@ -185,7 +173,7 @@ def test_python_takes_the_command_lines_names_and_dictionaries():
         ({"duration": "two"}, "not a number of images: two."),
         ({"method": "cd"}, "missing option for method cd: teacher."),
         ({"log": "wandbb"}, "unknown value in log: wandbb."),
-        ({"settings": {"network.channels": "x"}}, "in fastcm.train"),
+        ({"settings": {"network.channels": "x"}}, "illegal value in network.channels: x."),
     ],
 )
 def test_errors_of_python_name_what_was_given(options, message, tmp_path, monkeypatch):
