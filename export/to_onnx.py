@@ -20,7 +20,7 @@ from fastcm.export.targets import Target, chosen_opset, chosen_target
 from fastcm.export.translations import translations
 from fastcm.generation.generator import class_names
 from fastcm.generation.onnx_contract import GENERATE, SUPERRES, TASKS, TOLERANCE, Contract
-from fastcm.generation.request import chosen_sampler, noise_levels
+from fastcm.generation.request import is_diffusion, noise_levels
 
 # A protobuf message ends at 2 GiB; beyond this the weights go to a file of their own.
 SINGLE_FILE_BYTES = 2**31 - 2**24
@@ -108,7 +108,7 @@ def graph_of(
     denoiser: Denoiser, info: dict, *, steps: int | None, sigmas: Iterable[float] | None, task: str, **form
 ) -> tuple[Denoiser, tuple[float, ...], Contract]:
     """(plain denoiser, noise levels, contract) of what is asked for, checked. form: the other fields of the contract."""
-    if chosen_sampler(None, info) != "consistency":
+    if is_diffusion(info, denoiser.preconditioning):
         remedy = "One call gives its mean image; distil it first: fastcm train --method cd --teacher MODEL."
         raise InputError(f"a diffusion teacher in MODEL: it needs a solver. {remedy}")
     if steps is None and sigmas is None and task != GENERATE:

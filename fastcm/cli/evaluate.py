@@ -24,7 +24,7 @@ def add(subparsers) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--steps", metavar="K,K", type=step_list, help="numbers of steps to measure (1,2; a diffusion teacher: 18)")
     how.add_argument("--sigmas", metavar="S,S", type=sigma_list, help="the noise levels of one multistep sampler, downwards, as 80,0.8")
-    parser.add_argument("--sampler", help="consistency, heun, euler, dpm or ancestral; by default what the model was trained for")
+    parser.add_argument("--sampler", help="consistency, heun, euler, dpm, ancestral or ddim; by default what the model was trained for")
     names = "accuracy,fd,fid,kid,is,precision,recall,neighbours,lpips,consistency"
     parser.add_argument("--metrics", type=lambda text: text.split(","), help=f"some of {names} (all that can be had)")
     networks = "judge (a classifier of the data), inception, a file.onnx or package.module:name (by the size of the data)"
@@ -164,8 +164,8 @@ def default_features(dataset) -> str:
 
 def default_metrics(args: argparse.Namespace, opened: Measured, kind: str) -> list[str]:
     """All that can be had: of the judge where it is the feature network, lpips with weights, consistency of a consistency model."""
-    from fastcm.cli.evaluate_sets import default_sampler
     from fastcm.evaluation import METRICS, protocol
+    from fastcm.generation.request import is_diffusion
 
     if opened.dataset is None or args.reference is not None:
         chosen = ["fid"]
@@ -175,7 +175,8 @@ def default_metrics(args: argparse.Namespace, opened: Measured, kind: str) -> li
         chosen = [name for name in METRICS if name not in protocol.JUDGE_METRICS and (name != "is" or kind == "inception")]
     if opened.dataset is None:
         return chosen
-    is_consistency = has_denoiser(opened.generator) and default_sampler(opened.generator.info) == "consistency"
+    generator = opened.generator
+    is_consistency = has_denoiser(generator) and not is_diffusion(generator.info, generator.preconditioning)
     return [*chosen, *(["lpips"] if args.lpips_weights else []), *(["consistency"] if is_consistency else [])]
 
 
@@ -189,11 +190,12 @@ def open_teacher(args: argparse.Namespace, opened: Measured, metrics: list[str])
         return None
     from fastcm import api
     from fastcm.evaluation.samples import check_shape
+    from fastcm.generation.request import is_diffusion
 
     if "consistency" not in metrics:
         raise InputError(f"no metric for --teacher: {args.teacher}. Add consistency to --metrics, or leave the teacher out.")
     teacher, info = api.load_denoiser(args.teacher)
-    if teacher.preconditioning.form != "edm":
+    if not is_diffusion(info, teacher.preconditioning):
         raise InputError(f"not a diffusion model in --teacher: {args.teacher}. Train one with --method edm.")
     shape = (info.get("channels"), info.get("resolution"), info.get("resolution"))
     check_shape(f"--teacher {args.teacher}", shape, opened.dataset.images.shape[1:])

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from fastcm.cli.evaluate_sets import DEFAULT_COUNT, Measured, default_sampler, stream
+from fastcm.cli.evaluate_sets import DEFAULT_COUNT, Measured, sampler_of, stream
 from fastcm.errors import InputError
 
 # Of their own: neither those of training's evaluations nor those by which figures are published.
@@ -55,7 +55,7 @@ def check(args: argparse.Namespace, generator, metrics: list[str]) -> None:
         raise InputError(f"illegal number of steps in --search-steps: {args.search_steps}. Use 2 or more.")
     if getattr(generator, "graph_sigmas", None) is not None:
         raise InputError(f"fixed noise levels for --search-steps: {args.model}. Search on the folder that it was exported from.")
-    if (args.sampler or default_sampler(generator.info)) != "consistency":
+    if sampler_of(args, generator) != "consistency":
         raise InputError(f"a diffusion sampler with --search-steps: {args.model}. Levels are searched for consistency models.")
     if args.search_grid is not None and not 3 <= args.search_grid <= 10_000:
         raise InputError(f"illegal number of levels in --search-grid: {args.search_grid}. Use 3 to 10,000.")

@@ -9,7 +9,11 @@ from fastcm.errors import InputError, nearest
 
 # Seeds that no default of training or sampling uses, and by which no setting was chosen.
 FIRST_SEED, DEFAULT_COUNT = 500_000, 2000
-CALLS = {"consistency": lambda n: n, "euler": lambda n: n, "ancestral": lambda n: n, "heun": lambda n: 2 * n - 1, "dpm": lambda n: 2 * n}
+CALLS = {
+    **dict.fromkeys(("consistency", "euler", "ancestral", "ddim"), lambda n: n),
+    "heun": lambda n: 2 * n - 1,
+    "dpm": lambda n: 2 * n,
+}
 
 
 class Measured(NamedTuple):
@@ -106,18 +110,18 @@ def draw_samples(args: argparse.Namespace, opened: Measured) -> Measured:
     from fastcm.evaluation import Samples
 
     generator, seeds, labels = opened.generator, opened.seeds, opened.labels
-    sampler = args.sampler or default_sampler(generator.info)
+    sampler = sampler_of(args, generator)
     asked = requests(args, generator, sampler)
     sets = [Samples(name, stream(generator, seeds, labels, name, options), labels, nfe) for name, nfe, options in asked]
     facts = describe(generator, opened.dataset, seeds, sampler, [options for _, _, options in asked])
     return opened._replace(sets=sets, facts={**opened.facts, **facts})
 
 
-def default_sampler(info: dict) -> str:
-    """heun for diffusion models, which one call does not take to an image, consistency for the others."""
-    method = info.get("training", {}).get("method") if isinstance(info.get("training"), dict) else None
-    form = info.get("preconditioning", {}).get("form")
-    return "heun" if method == "edm" or (method is None and form == "edm") else "consistency"
+def sampler_of(args: argparse.Namespace, generator) -> str:
+    """The sampler that was asked for, or the model's own."""
+    from fastcm.generation.request import chosen_sampler
+
+    return chosen_sampler(args.sampler, generator.info, generator.preconditioning)
 
 
 def requests(args: argparse.Namespace, generator, sampler: str) -> list[tuple[str, int, dict]]:

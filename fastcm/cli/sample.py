@@ -28,7 +28,7 @@ def add(subparsers) -> None:
     group.add_argument("--sigmas", type=number_list("--sigmas"), metavar="LIST", help=levels)
     group.add_argument("--timesteps", type=timestep_list, metavar="LIST", help="the levels as published timesteps of --grid, as 0,22,39")
     parser.add_argument("--grid", type=int, metavar="N", help=f"the number of levels that --timesteps count (default: {GRID})")
-    parser.add_argument("--sampler", help="consistency; for diffusion teachers heun (their default), euler, dpm, ancestral")
+    parser.add_argument("--sampler", help="consistency; for diffusion teachers heun (their default), euler, dpm, ancestral, ddim")
     churn = "heun and dpm: S_churn, or S_churn,S_tmin,S_tmax,S_noise (default: 0)"
     parser.add_argument("--churn", type=number_list("--churn"), metavar="LIST", help=churn)
     parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda, tensorrt or tensorrt-rtx")
@@ -165,7 +165,7 @@ def describe(args: argparse.Namespace, generator, options: dict) -> dict[str, st
     from fastcm.generation.request import chosen_sampler
     from fastcm.generation.sampler import TEACHER_STEPS
 
-    sampler = chosen_sampler(args.sampler, generator.info)
+    sampler = chosen_sampler(args.sampler, generator.info, generator.preconditioning)
     if sampler == "consistency":
         text = "sigmas " + ",".join(f"{sigma:.6g}" for sigma in generator.sigmas(args.steps, options["sigmas"]))
     else:

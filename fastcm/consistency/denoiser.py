@@ -1,17 +1,22 @@
 """The denoiser D(x, sigma): a network F with skip and output scaling. The only place that holds c_skip, c_out, c_in, c_noise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastcm import kernels
+from fastcm.consistency.betas import Betas
 from fastcm.errors import InputError, nearest
 from fastcm.networks.checks import is_number
 
-FORMS = ("boundary", "edm")
-C_NOISE = ("250 ln sigma", "ln sigma / 4", "arctan(sigma / sigma_data)")
+# What a network predicts, F of D = c_skip x + c_out F, and the same for consistency functions, with D(x, sigma_min) = x.
+BASES = ("edm", "epsilon", "v", "sample", "ve")
+BOUNDARY_FORMS = {base: "boundary" if base == "edm" else f"{base}-boundary" for base in BASES}
+FORMS = ("boundary", *BASES, *(form for form in BOUNDARY_FORMS.values() if form != "boundary"))
+STEPS = ("interpolated step", "nearest step")  # of Preconditioning.betas
+C_NOISE = ("250 ln sigma", "ln sigma / 4", "ln(sigma / 2)", "arctan(sigma / sigma_data)", *STEPS)
 # Below every level that is trained or sampled; the lower end of an ECT pair may be 0, where c_out = 0 and c_noise need only be finite.
 SMALLEST_SIGMA = 1e-20
 
@@ -29,12 +34,17 @@ class Coefficients(NamedTuple):
 class Preconditioning:
     """How a network's output becomes a denoised image, and the noise levels it was trained for.
 
-    form: "edm" is Table 1 of Karras et al. 2022; "boundary" shifts sigma by sigma_min in c_skip and c_out so that
-      D(x, sigma_min) = x exactly (Consistency Models, Appendix C).
+    form: what F is. "edm": Table 1 of Karras et al. 2022; "epsilon": the noise (Ho et al. 2020), "v" (Salimans and Ho 2022) and "sample",
+      the image, of a variance-preserving chain, whose x is x / sqrt(1 + sigma^2); "ve": sigma times the score (Song et al. 2021).
+      "boundary" shifts sigma by sigma_min in the edm form's c_skip and c_out, so that D(x, sigma_min) = x exactly (Consistency Models,
+      Appendix C). "epsilon-boundary" and so on mix x with the denoised image D_0 of the form before the dash (Luo et al. 2023, LCM,
+      section 4.1): D = m x + n D_0 with m = sigma_data^2 / (s^2 + sigma_data^2), n = s / sqrt(sigma^2 + sigma_data^2) and
+      s = sigma - sigma_min; at and below sigma_min D = x.
       In TrigFlow's terms (Lu and Song 2024) the EDM form is f = cos(t) x_t - sin(t) sigma_data F' with tan(t) = sigma / sigma_data,
       x_t = cos(t) x and F' = -F: a diffusion model needs no conversion to be tuned by ect, sct or scd.
     c_noise: the scalar the network is conditioned on. ADM networks take 1000 * ln(sigma) / 4 (OpenAI and diffusers),
-      SongUNets ln(sigma) / 4 (EDM); TrigFlow's own is t = arctan(sigma / sigma_data).
+      SongUNets ln(sigma) / 4 (EDM), or ln(sigma / 2) for "ve"; TrigFlow's own is t = arctan(sigma / sigma_data). Networks of a discrete
+      chain take its step: that of the nearest of the levels of `betas`, or a real number between them.
     """
 
     form: str = "boundary"
@@ -43,12 +53,13 @@ class Preconditioning:
     sigma_max: float = 80.0
     rho: float = 7.0
     c_noise: str = "250 ln sigma"
+    betas: Betas | None = None
 
     def __post_init__(self):
         for name, choices in (("form", FORMS), ("c_noise", C_NOISE)):
             value = getattr(self, name)
             if value not in choices:
-                raise InputError(f"unknown value in noise.{name}: {value}. Use one of {', '.join(choices)}.{nearest(value, choices)}")
+                raise InputError(f"unknown value in noise.{name}: {value}. Use one of {', '.join(choices)}.{nearest(str(value), choices)}")
         for name in ("sigma_data", "sigma_min", "sigma_max", "rho"):
             value = getattr(self, name)
             if not (is_number(value) and value > 0):
@@ -57,31 +68,101 @@ class Preconditioning:
             raise InputError(
                 f"illegal range in noise.sigma_min: {self.sigma_min}. It must be smaller than noise.sigma_max = {self.sigma_max}."
             )
+        self._check_betas()
+
+    def _check_betas(self) -> None:
+        if isinstance(self.betas, dict):  # as config.json has them
+            try:
+                object.__setattr__(self, "betas", Betas(**self.betas))
+            except TypeError as error:
+                raise InputError(f"unknown field in noise.betas: {error}. Give schedule, start, end, steps, or trained.") from None
+        if self.betas is not None and not isinstance(self.betas, Betas):
+            raise InputError(f"illegal value in noise.betas: {self.betas}. Give the fields of a chain, or leave it out.")
+        if (self.betas is not None) != (self.c_noise in STEPS):
+            raise InputError(f"c_noise and betas that do not fit in noise.c_noise: {self.c_noise}. {' and '.join(STEPS)} alone take betas.")
+        if self.betas is not None and self.sigma_max > self.betas.sigma_range[1] * (1 + 1e-6):
+            top = f"The chain of noise.betas ends at {self.betas.sigma_range[1]:g}"
+            raise InputError(f"noise level beyond the chain in noise.sigma_max: {self.sigma_max}. {top}; give no more.")
+
+    @property
+    def base(self) -> str:
+        """What the network predicts, whether or not the form is one of the boundary: "edm", "epsilon", "v", "sample" or "ve"."""
+        return next(base for base, shifted in BOUNDARY_FORMS.items() if self.form in (base, shifted))
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether D(x, sigma_min) = x exactly, as a consistency function's."""
+        return self.form in BOUNDARY_FORMS.values()
+
+    @property
+    def amplification(self) -> float:
+        """How often its own size the network's rounding error is in the image at sigma_max: the largest |c_out|."""
+        return self.coefficients(torch.tensor([self.sigma_max])).c_out.abs().item()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Returns the four scalings for sigma [B] fp32."""
         sigma = sigma.float()
-        # EDM Table 1 with sigma shifted by sigma_min in c_skip and c_out (CM Appendix C); the EDM form has no shift.
-        shifted = sigma - self.sigma_min if self.form == "boundary" else sigma
+        return Coefficients(*self._scalings(sigma), self._c_noise(sigma))
+
+    def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in."""
+        shifted = (sigma - self.sigma_min).clamp(min=0) if self.is_boundary else sigma
         data_variance = self.sigma_data**2
-        c_skip = data_variance / (shifted.square() + data_variance)
-        c_out = shifted * self.sigma_data * (sigma.square() + data_variance).rsqrt()
-        c_in = (sigma.square() + data_variance).rsqrt()
-        return Coefficients(c_skip, c_out, c_in, self._c_noise(sigma))
+        m = data_variance / (shifted.square() + data_variance)
+        if self.base == "edm":
+            # EDM Table 1 with sigma shifted by sigma_min in c_skip and c_out (CM Appendix C); the EDM form has no shift.
+            c_out = shifted * self.sigma_data * (sigma.square() + data_variance).rsqrt()
+            return m, c_out, (sigma.square() + data_variance).rsqrt()
+        c_skip, c_out, c_in = self._diffusion(sigma)
+        if self.is_boundary:
+            n = shifted * (sigma.square() + data_variance).rsqrt()
+            c_skip, c_out = m + n * c_skip, n * c_out
+        return c_skip, c_out, c_in
+
+    def _diffusion(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(s, o, c_in) of D_0 = s x + o F. With a = 1 / (1 + sigma^2), the chain's own x is sqrt(a) x, and v = sqrt(a) z - sqrt(1 - a) x_0."""
+        one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+        root = (1 + sigma.square()).rsqrt()
+        return {
+            "epsilon": (one, -sigma, root),
+            "v": (root.square(), -sigma * root, root),
+            "sample": (zero, one, root),
+            "ve": (one, sigma, one),
+        }[self.base]
+
+    def in_edm_form(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B), each [B] fp32, by which this form is the EDM form with the network A x + B F. (0, 1) for the EDM form itself."""
+        own, edm = self._scalings(sigma), replace(self, form="edm")._scalings(sigma)
+        return (own[0] - edm[0]) / edm[1], own[1] / edm[1]
+
+    def input_share(self, sigma: Tensor) -> Tensor:
+        """k [B] fp32 of d (c_in x) / d ln(sigma) = c_in (k x - D) along the ODE, on which dx / d ln(sigma) = x - D."""
+        if self.base == "ve":
+            return torch.ones_like(sigma)
+        variance = self.sigma_data**2 if self.base == "edm" else 1.0
+        return variance / (sigma.square() + variance)
 
     def _c_noise(self, sigma: Tensor) -> Tensor:
         if self.c_noise == "arctan(sigma / sigma_data)":
             return torch.atan(sigma / self.sigma_data)
+        if self.c_noise in STEPS:
+            return self.betas.step(sigma, whole=self.c_noise == "nearest step")
+        if self.c_noise == "ln(sigma / 2)":
+            return (sigma.clamp(min=SMALLEST_SIGMA) / 2).log()
         return self._log_scale * sigma.clamp(min=SMALLEST_SIGMA).log()
 
     @property
     def _log_scale(self) -> float:
-        return 250.0 if self.c_noise == "250 ln sigma" else 0.25
+        return {"250 ln sigma": 250.0, "ln sigma / 4": 0.25, "ln(sigma / 2)": 1.0}[self.c_noise]
 
     def c_noise_rate(self, sigma: Tensor) -> Tensor:
         """d c_noise / d ln(sigma) at sigma [B] fp32, which is cos(t) sin(t) d c_noise / dt in TrigFlow's time t."""
         if self.c_noise == "arctan(sigma / sigma_data)":
             return sigma * self.sigma_data / (sigma.square() + self.sigma_data**2)
+        if self.c_noise in STEPS:
+            if self.c_noise == "nearest step":
+                raise InputError("a c_noise without a derivative in noise.c_noise: nearest step. Use interpolated step for scd and sct.")
+            return self.betas.rate(sigma)
         return torch.full_like(sigma, self._log_scale)
 
 

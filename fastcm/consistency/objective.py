@@ -128,13 +128,14 @@ def continuous_loss(
 
     In TrigFlow's time, tan(t) = sigma / sigma_data, the student in the EDM form is f = cos(t) x_t + sin(t) sigma_data F. With F- the
     student without gradient, the loss is exp(w) / n ||F - (F- - g)||^2 - w, where g is cos(t) df/dt of F-, its last part times
-    `warmup`, divided by ||g|| + tangent_c.
+    `warmup`, divided by ||g|| + tangent_c. A student of another form is seen through the EDM form: its F there is A x + B F
+    (`Preconditioning.in_edm_form`).
 
     sigma: [B] fp32. tangent: F- and its derivative (`network_tangent` of the student's network). warmup: r in [0, 1].
     teacher: D(x, sigma, labels), whose ODE gives dx/dt (distillation), or None: the image and its noise do (training from data alone).
     log_weight: w(sigma) [B], trained along; None for w = 0. factor: as for `edm_loss`.
     """
-    sigma_data = student.preconditioning.sigma_data
+    preconditioning, sigma_data = student.preconditioning, student.preconditioning.sigma_data
     c = student.coefficients(sigma)
     dtype = working_dtype(student.network)
     noisy = kernels.perturb(
@@ -143,21 +144,26 @@ def continuous_loss(
     set_dropout_stream(student.network, batch)
     with torch.no_grad():
         x, image = noisy.x_hi, noisy.x_lo
-        cos, sin = expand(sigma_data * c.c_in, x), expand(sigma * c.c_in, x)
+        hypotenuse = (sigma.square() + sigma_data**2).rsqrt()
+        cos, sin = expand(sigma_data * hypotenuse, x), expand(sigma * hypotenuse, x)
         x_t = cos * x
-        # training: the image itself; distillation: the teacher's denoised image. sin(t) dx/dt = cos(t) x_t - D.
+        # training: the image itself; distillation: the teacher's denoised image. sin(t) dx_t/dt = cos(t) x_t - D.
         D_x = image if teacher is None else teacher(x, sigma, batch.labels)
         sin_dx = cos * x_t - D_x
         # cos(t) sin(t) d/dt = d/d ln(sigma): the network's tangent is taken in ln(sigma), where nothing divides by a small sine.
-        c_noise_rate = student.preconditioning.c_noise_rate(sigma)
-        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, (cos * sin_dx / sigma_data).to(dtype), c_noise_rate)
+        x_rate = expand(c.c_in, x) * (expand(preconditioning.input_share(sigma), x) * x - D_x)
+        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, x_rate.to(dtype), preconditioning.c_noise_rate(sigma))
         F_minus, dF = F_minus.float(), dF.float()
+        A, B = preconditioning.in_edm_form(sigma)
+        if preconditioning.base != "edm":
+            dA, dB = torch.func.jvp(preconditioning.in_edm_form, (sigma,), (sigma,))[1]  # d / d ln(sigma) of each
+            dF = expand(dA, x) * x + expand(A, x) * (x - D_x) + expand(dB, x) * F_minus + expand(B, x) * dF
+            F_minus = expand(A, x) * x + expand(B, x) * F_minus
         g = cos.square() * (sigma_data * F_minus + sin_dx / sin) - warmup * (cos * sin * x_t - sigma_data * dF)
         g = g / (torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True) + tangent_c)
         goal = F_minus - g
     F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
-    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
-    squared = kernels.distance(x, F_x, zero, one, goal, None, None, None, one * factor, kind="l2")  # of F itself: c_skip = 0, c_out = 1
+    squared = kernels.distance(x, F_x, A, B, goal, None, None, None, torch.ones_like(sigma) * factor, kind="l2")  # of F in the EDM form
     if log_weight is None:
         return squared
     w = log_weight(sigma)

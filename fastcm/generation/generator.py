@@ -21,6 +21,7 @@ from fastcm.generation.devices import choose_device
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
 from fastcm.generation.request import (
+    chain_steps,
     check_output,
     chosen_churn,
     chosen_sampler,
@@ -165,8 +166,8 @@ class Generator(EditingTasks):
 
         seeds: an int or ints of 64 bits. labels: a class (number or name), a list cycled over the seeds, or None for seed mod classes.
         steps: network calls, 1 by default, or sigmas: the noise levels from high to low (see `timesteps`). sampler: "consistency", or for
-        diffusion teachers "heun" (their default), "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels. churn: for heun and
-        dpm S_churn, or (S_churn, S_tmin, S_tmax, S_noise).
+        diffusion teachers "heun" (their default), "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels, or "ddim" on the
+        steps of a discrete chain. churn: for heun and dpm S_churn, or (S_churn, S_tmin, S_tmax, S_noise).
         Raises InputError for arguments that do not fit the model, RunError where an image has non-finite pixels.
         """
         asked = {"steps": steps, "sigmas": sigmas, "sampler": sampler, "churn": churn}
@@ -205,7 +206,7 @@ class Generator(EditingTasks):
     def _run(self, steps: int | None, sigmas, sampler: str | None, churn):
         """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; None as key: no CUDA graph."""
         p = self.preconditioning
-        sampler = chosen_sampler(sampler, self.info)
+        sampler = chosen_sampler(sampler, self.info, p)
         churn = chosen_churn(churn, sampler)
         if sampler == "consistency":
             visited = self.sigmas(steps, sigmas)
@@ -215,8 +216,12 @@ class Generator(EditingTasks):
         if sigmas is not None:
             raise InputError(f"sigmas with a solver in --sampler: {sampler}. Give steps; the solver's grid follows from them.")
         steps = TEACHER_STEPS if steps is None else len(self.sigmas(steps))
-        grid = teacher_grid(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
-        options = {"churn": churn} if sampler in CHURNED else {}
+        if sampler == "ddim":
+            chain = chain_steps(self.info, p)
+            grid, options = chain.pairs(p.betas, steps), {"clip": chain.clip}
+        else:
+            grid = teacher_grid(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
+            options = {"churn": churn} if sampler in CHURNED else {}
         denoiser = Denoiser(self._worker, p)
         return (sampler, steps, churn), lambda noise, labels: solve(denoiser, noise, grid, labels=labels, **options)
 

@@ -9,7 +9,7 @@ import numpy as np
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.consistency.noise_schedule import karras_grid, sampling_sigmas
 from fastcm.errors import InputError, nearest
-from fastcm.generation.sampler import CALM, CHURNED, Churn
+from fastcm.generation.sampler import CALM, CHURNED, ChainSteps, Churn
 from fastcm.weights.class_names import by_name, class_number
 
 OUTPUTS = ("uint8", "float", "pil")
@@ -116,11 +116,27 @@ def chosen_churn(churn: float | Sequence[float] | None, sampler: str) -> Churn:
     return Churn(*(float(value) for value in values))
 
 
-def chosen_sampler(sampler: str | None, info: dict) -> str:
-    """The sampler to use where none is named: a model that was trained as a diffusion teacher needs a solver, all others one call."""
+def is_diffusion(info: dict, preconditioning: Preconditioning) -> bool:
+    """Whether a model needs a solver: by its training, else (other people's models) by its form, which is no consistency function's."""
+    training = info.get("training")
+    method = training.get("method") if isinstance(training, dict) else None
+    return method == "edm" if method is not None else not preconditioning.is_boundary
+
+
+def chosen_sampler(sampler: str | None, info: dict, preconditioning: Preconditioning) -> str:
+    """The sampler to use where none is named: a diffusion model needs a solver, all others one call."""
     if sampler is not None:
         return sampler
-    return TEACHER_DEFAULT if (info.get("training") or {}).get("method") == "edm" else "consistency"
+    return TEACHER_DEFAULT if is_diffusion(info, preconditioning) else "consistency"
+
+
+def chain_steps(info: dict, preconditioning: Preconditioning) -> ChainSteps:
+    """What `ddim` follows: the settings that the model's folder brought along, diffusers' own for what they leave out."""
+    if preconditioning.betas is None:
+        raise InputError(f"no discrete chain for ddim in noise.c_noise: {preconditioning.c_noise}. Use --sampler heun.")
+    settings = info.get("ddim")
+    settings = settings if isinstance(settings, dict) else {}
+    return ChainSteps(**{name: settings[name] for name in ChainSteps._fields if name in settings})
 
 
 def check_output(output: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcm import kernels
+from fastcm.consistency.betas import Betas
 from fastcm.consistency.noise_schedule import karras_grid
 from fastcm.consistency.solver import Denoise, euler_step, heun_step, slope
 from fastcm.errors import InputError, nearest
@@ -160,13 +161,64 @@ def ancestral(denoise: Denoise, noise: Noise, grid: Sequence[float], *, labels: 
     return x.clamp(-1, 1) if clip else x
 
 
-TEACHER_SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": heun, "euler": euler, "dpm": dpm, "ancestral": ancestral}
+class ChainSteps(NamedTuple):
+    """Which steps of a discrete chain `ddim` visits, by the settings of diffusers' DDIMScheduler of the same names.
+
+    clip: the largest pixel of the denoised image, None for no limit.
+    """
+
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    clip: float | None = 1.0
+
+    def pairs(self, betas: Betas, steps: int) -> list[tuple[float, float]]:
+        """(sigma, sigma of the step it leads to) of each of `steps` calls, from the noisiest on. Raises InputError for too many steps.
+
+        Each leads to the step steps_of_the_chain // steps before it, as there, even where the spacing visits another one next.
+        """
+        levels, total = betas.levels().tolist(), betas.steps
+        if betas.schedule == "continuous":
+            raise InputError("no discrete chain for ddim in noise.betas: continuous. Use --sampler heun.")
+        if steps > total:
+            raise InputError(f"too many steps for ddim in --steps: {steps}. The chain has {total}.")
+        if self.timestep_spacing == "linspace":
+            visited = [round(i * (total - 1) / max(steps - 1, 1)) for i in range(steps)][::-1]
+        elif self.timestep_spacing == "trailing":
+            visited = [round(total - i * total / steps) - 1 for i in range(steps)]
+        else:
+            visited = [i * (total // steps) + self.steps_offset for i in range(steps)][::-1]
+        if visited[0] >= len(levels):
+            remedy = "give fewer steps" if visited[0] >= total else "its noise level is infinite; use another sampler"
+            raise InputError(f"step beyond the chain for ddim in --steps: {visited[0]} of {total}. Please {remedy}.")
+        last = 0.0 if self.set_alpha_to_one else levels[0]
+        before = [index - total // steps for index in visited]
+        return [(levels[index], levels[lower] if lower >= 0 else last) for index, lower in zip(visited, before, strict=True)]
+
+
+def ddim(
+    denoise: Denoise, noise: Noise, pairs: Sequence[tuple[float, float]], *, labels: Tensor | None = None, clip: float | None = 1.0
+) -> Tensor:
+    """Deterministic DDIM (Song et al. 2020, equation 12 with eta = 0) as diffusers has it: x_lo = clip(D) + sigma_lo (x - D) / sigma_hi.
+
+    The chain's own variable is x / sqrt(1 + sigma^2), which begins as unit noise and keeps its value where the next call is at another
+    level than this one led to. One call per pair of `ChainSteps.pairs`.
+    """
+    x, level = noise.normal(0), 0.0  # in the chain's variable at first
+    for hi, lo in pairs:
+        x = x * ((1 + hi**2) / (1 + level**2)) ** 0.5
+        D_x = denoise(x, _batch(hi, x), labels)
+        x, level = (D_x if clip is None else D_x.clamp(-clip, clip)) + lo / hi * (x - D_x), lo
+    return (x / (1 + level**2) ** 0.5).clamp(-1, 1)
+
+
+TEACHER_SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": heun, "euler": euler, "dpm": dpm, "ancestral": ancestral, "ddim": ddim}
 CHURNED = ("heun", "dpm")
 SAMPLERS = ("consistency", *TEACHER_SAMPLERS)
 
 
 def teacher_sampler(name: str) -> Callable[..., Tensor]:
-    """Returns heun, euler, dpm or ancestral by name."""
+    """Returns heun, euler, dpm, ancestral or ddim by name."""
     if name not in TEACHER_SAMPLERS:
         raise InputError(f"unknown value in --sampler: {name}. Use one of {', '.join(SAMPLERS)}.{nearest(name, SAMPLERS)}")
     return TEACHER_SAMPLERS[name]

@@ -93,7 +93,7 @@ def _how(fields: dict[str, Any], generator, *, edit: bool) -> Hashable:
             raise InputError(f"illegal value in sigmas: {_short(sigmas)}. Give a list of 1 to {MOST_CALLS} numbers.")
     if edit and steps is None and sigmas is None:
         return ("sigmas", None)
-    if edit or chosen_sampler(None, generator.info) == "consistency":
+    if edit or chosen_sampler(None, generator.info, generator.preconditioning) == "consistency":
         return ("sigmas", generator.sigmas(steps, sigmas))
     if sigmas is not None:
         raise InputError("sigmas for a diffusion teacher in sigmas: its solver has a grid of its own. Give steps.")

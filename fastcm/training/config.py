@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastcm.consistency.curriculum import CURRICULA, MU_SCHEDULES
-from fastcm.consistency.denoiser import Preconditioning
+from fastcm.consistency.denoiser import BOUNDARY_FORMS, Preconditioning
 from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
 from fastcm.consistency.solver import STEPS
 from fastcm.consistency.tangent import TANGENTS
@@ -24,6 +24,13 @@ PAIRS = ("uniform", "log-normal", "ect")
 DISTANCES = (*PIXEL_DISTANCES, "lpips", "classifier")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("radam", "adamw")
+
+
+def form_of(method: str, base: str) -> str:
+    """The form that the method trains, of a network that predicts `base` (denoiser.BASES): the identity at sigma_min for the methods on a
+    grid, at 0 for those of continuous time, where "sample" has no identity of its own."""
+    identity = method in BOUNDARY_METHODS or (method != "edm" and base == "sample")
+    return BOUNDARY_FORMS[base] if identity else base
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -220,7 +227,7 @@ class TrainConfig:
                 f"unused option with --method {self.method}: --teacher {self.teacher}. "
                 f"Only {' and '.join(TAUGHT_METHODS)} read a teacher; use --init to start from it."
             )
-        form = "boundary" if self.method in BOUNDARY_METHODS else "edm"
+        form = form_of(self.method, self.noise.base)
         if self.noise.form != form:
             raise InputError(f"form of another method in noise.form: {self.noise.form}. {self.method} trains the {form} form.")
         if (self.objective.pairs == "ect") != (self.method == "ect"):
