@@ -15,6 +15,7 @@ from fastcm.weights import hub
 from fastcm.weights.model_folder import is_model_folder, load_model, read_json
 
 RUN_FORMAT = "fastcm-run"
+CHAIN_OPTIONS = ("prediction", "betas")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
 STATE_DICTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # a trainer's file, in OpenAI's names
 PROGRAMS = {".onnx": "onnx", ".pt2": "aot", ".plan": "plan", ".engine": "plan"}
@@ -77,12 +78,14 @@ def _resolve_folder(path: Path) -> tuple[str, Path]:
 def load_denoiser(model: str | Path, *, network: nn.Module | None = None, **options) -> tuple[Denoiser, dict]:
     """Returns (denoiser with fp32 weights on the CPU, config) of any MODEL but an exported file. No code of the file is executed.
 
-    options: of `weights.openai.read_openai`, for a state dict alone.
+    options: of `weights.openai.read_openai`, for a state dict alone, or of `weights.diffusers.read_diffusers`, for a folder without a
+    scheduler.
     """
     kind, path = resolve_model(model)
-    if options and kind != "openai":
-        name = next(iter(options)).replace("_", "-")
-        raise InputError(f"an option for OpenAI's .pt files in --{name}: {model}. Leave it out: this file says so itself.")
+    for option in options:
+        if kind != "openai" and not (kind == "diffusers" and option in CHAIN_OPTIONS):
+            shown = f"--{option.replace('_', '-')}: {model}"
+            raise InputError(f"an option for files that say less in {shown}. Leave it out: this model says so itself.")
     if kind == "folder":
         return load_model(path, network=network)
     if kind in EXPORTED:

@@ -1,6 +1,6 @@
 """A diffusion teacher as people have them: a DDPM made by diffusers' own classes, its network, scheduler, average and folder.
 
-`python -m fastcm.benchmarks.quality.ddpm OUT --data mnist` trains it and saves a DDPMPipeline. Nothing of fastcm takes part but the pictures.
+`python -m fastcm.benchmarks.quality.ddpm OUT --data mnist` trains it and saves a DDPMPipeline. Of fastcm it takes the pictures alone.
 """
 
 import argparse
@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(out: Path, *, data: str, kimg: float, batch: int, seed: int) -> None:
-    """Ho et al. 2020, algorithm 1: epsilon at a uniform timestep of a linear chain, AdamW with a linear fall to 0, bf16 products on a CPU."""
+    """Ho et al. 2020, algorithm 1: epsilon at a uniform timestep of a linear chain, AdamW whose rate falls to 0, bf16 products on a CPU."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    pictures = torch.from_numpy(open_dataset(data, classes=0).images)
+    pictures = torch.tensor(open_dataset(data, classes=0).images)
     torch.manual_seed(seed)
     network = UNet2DModel(sample_size=pictures.shape[2], in_channels=pictures.shape[1], out_channels=pictures.shape[1], **NETWORK)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")

@@ -21,6 +21,10 @@ def add(subparsers) -> None:
     parser.add_argument("--to", choices=FORMATS, help="openai where DST ends in .pt, otherwise fastcm by default")
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels of an OpenAI .pt whose channel multipliers do not tell")
     parser.add_argument("--head-channels", type=int, metavar="N", help="width of an attention head in an OpenAI .pt (64)")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of every layer, in place of --head-channels")
+    parser.add_argument("--prediction", metavar="P", help="of a diffusion model without a scheduler: epsilon, v_prediction or sample")
+    betas = "its chain: linear, scaled_linear or cosine of 1,000 steps, or as cosine:4000"
+    parser.add_argument("--betas", metavar="B", help=betas)
     parser.add_argument(
         "--form", choices=("edm", "boundary"), help="preconditioning of an OpenAI .pt; edm for edm_*, else boundary by default"
     )
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 def openai_options(args: argparse.Namespace) -> dict:
     """What was said of a .pt file that does not say it."""
-    options = {"image_size": args.image_size, "head_channels": args.head_channels, "form": args.form}
+    options = {name: getattr(args, name) for name in ("image_size", "head_channels", "heads", "form", "prediction", "betas")}
     return {name: value for name, value in options.items() if value is not None}
 
 

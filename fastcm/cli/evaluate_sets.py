@@ -9,11 +9,7 @@ from fastcm.errors import InputError, nearest
 
 # Seeds that no default of training or sampling uses, and by which no setting was chosen.
 FIRST_SEED, DEFAULT_COUNT = 500_000, 2000
-CALLS = {
-    **dict.fromkeys(("consistency", "euler", "ancestral", "ddim"), lambda n: n),
-    "heun": lambda n: 2 * n - 1,
-    "dpm": lambda n: 2 * n,
-}
+CALLS = {**dict.fromkeys(("consistency", "euler", "ancestral", "ddim"), lambda n: n), "heun": lambda n: 2 * n - 1, "dpm": lambda n: 2 * n}
 
 
 class Measured(NamedTuple):

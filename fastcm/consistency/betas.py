@@ -4,10 +4,12 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastcm.errors import InputError, nearest
+from fastcm.networks.checks import is_number
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "trained_betas", "continuous")
 MOST_STEPS = 100_000
@@ -45,17 +47,19 @@ class Betas:
             raise InputError(f"illegal value in noise.betas.steps: {self.steps}. Give a whole number from 2 to {MOST_STEPS:,}.")
         for name in ("start", "end", "scale"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise InputError(f"illegal value in noise.betas.{name}: {value}. Give a positive finite number.")
         if not isinstance(self.zero_snr, bool):
             raise InputError(f"illegal value in noise.betas.zero_snr: {self.zero_snr}. Give true or false.")
         if (self.trained is not None) != (self.schedule == "trained_betas"):
-            raise InputError(f"betas and schedule that do not fit in noise.betas.schedule: {self.schedule}. trained_betas alone lists them.")
+            raise InputError(
+                f"betas and schedule that do not fit in noise.betas.schedule: {self.schedule}. trained_betas alone lists them."
+            )
         if self.trained is not None and (not isinstance(self.trained, tuple) or len(self.trained) != self.steps):
             raise InputError(f"another number of betas in noise.betas.trained than noise.betas.steps: {self.steps}. Give one a step.")
         if self.schedule == "continuous" and (self.zero_snr or self.end <= self.start):
             raise InputError(f"illegal range in noise.betas.end: {self.end}. A continuous schedule rises from its start, without zero_snr.")
-        if self.schedule != "continuous" and not all(_is_number(beta) and 0 < beta < 1 for beta in self._numbers()):
+        if self.schedule != "continuous" and not all(is_number(beta) and 0 < beta < 1 for beta in self._numbers()):
             raise InputError(f"illegal value in noise.betas: a beta of {self.schedule} outside 0 to 1. Correct start, end or the list.")
 
     def _numbers(self) -> list[float]:
@@ -71,15 +75,15 @@ class Betas:
 
     def levels(self) -> Tensor:
         """sigma of each step, [steps] float64, upwards; without the last step where `zero_snr` makes it infinite."""
-        return _levels(self)
+        return torch.from_numpy(_levels(self).copy())
 
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The least and the largest noise level of the chain."""
         if self.schedule == "continuous":
             return self._sigma_at(1e-5), self._sigma_at(1.0)  # EDM starts at t = 1e-5
-        levels = self.levels()
-        return levels[0].item(), levels[-1].item()
+        levels = _levels(self)
+        return float(levels[0]), float(levels[-1])
 
     def _sigma_at(self, t: float) -> float:
         return math.sqrt(math.expm1((self.end - self.start) * t**2 / 2 + self.start * t))
@@ -111,24 +115,29 @@ class Betas:
 
     def _segment(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The levels on sigma's device, and the index of the one at or above each sigma, at least 1."""
-        levels = _levels_on(self, str(sigma.device))
+        levels = _levels_on(self, sigma.device)
         return levels, torch.searchsorted(levels, sigma.double().contiguous()).clamp(1, len(levels) - 1)
 
 
 @functools.lru_cache(maxsize=32)
-def _levels(betas: Betas) -> Tensor:
-    alphas = torch.cumprod(1 - torch.tensor(betas._numbers(), dtype=torch.float64), 0)
+def _levels(betas: Betas) -> np.ndarray:
+    alphas = np.cumprod(1 - np.array(betas._numbers(), dtype=np.float64))
     if betas.zero_snr:
-        root = alphas.sqrt()
-        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()[:-1]
-    return ((1 - alphas) / alphas).sqrt()
+        root = np.sqrt(alphas)
+        alphas = np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))[:-1]
+    return np.sqrt((1 - alphas) / alphas)
 
 
-@functools.lru_cache(maxsize=32)
-def _levels_on(betas: Betas, device: str) -> Tensor:
-    """Kept, because a CUDA graph cannot record the copy."""
-    return _levels(betas).to(device)
+_ON_DEVICE: dict[tuple[Betas, torch.device], Tensor] = {}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _levels_on(betas: Betas, device: torch.device) -> Tensor:
+    """The table on a device; kept there for GPUs, since a CUDA graph cannot record the copy."""
+    if device.type == "cpu":
+        return betas.levels()
+    if (betas, device) not in _ON_DEVICE:
+        table = betas.levels().to(device)
+        if type(table) is not Tensor:  # a tensor without memory, of an estimate
+            return table
+        _ON_DEVICE[betas, device] = table
+    return _ON_DEVICE[betas, device]

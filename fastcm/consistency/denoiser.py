@@ -120,7 +120,7 @@ class Preconditioning:
         return c_skip, c_out, c_in
 
     def _diffusion(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, o, c_in) of D_0 = s x + o F. With a = 1 / (1 + sigma^2), the chain's own x is sqrt(a) x, and v = sqrt(a) z - sqrt(1 - a) x_0."""
+        """(s, o, c_in) of D_0 = s x + o F. With a = 1 / (1 + sigma^2) the chain's own x is sqrt(a) x; v = sqrt(a) z - sqrt(1 - a) x_0."""
         one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
         root = (1 + sigma.square()).rsqrt()
         return {

@@ -11,8 +11,9 @@ from torch import nn
 from fastcm.errors import InputError, nearest
 from fastcm.networks.song_unet import SongUNet, SongUNetConfig
 from fastcm.networks.unet import UNet, UNetConfig
+from fastcm.networks.unet2d import UNet2D, UNet2DConfig
 
-KINDS = {"adm": (UNetConfig, UNet), "song": (SongUNetConfig, SongUNet)}
+KINDS = {"adm": (UNetConfig, UNet), "song": (SongUNetConfig, SongUNet), "unet2d": (UNet2DConfig, UNet2D)}
 
 
 def build(kind: str, options: dict) -> nn.Module:

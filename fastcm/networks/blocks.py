@@ -161,63 +161,87 @@ def _self_attention_of_planes(x, qkv, proj, heads):
 
 
 class Attention(nn.Module):
-    """x + self_attention(norm(x)), with ADM's keys."""
+    """gain (x + self_attention(norm(x))), with ADM's keys. norm: False for none at all."""
 
-    def __init__(self, channels: int, *, heads: int, groups: int | None = None):
+    def __init__(self, channels: int, *, heads: int, groups: int | None = None, eps: float = 1e-5, gain: float = 1.0, norm: bool = True):
         super().__init__()
-        self.heads = heads
-        self.norm = GroupNorm(channels, groups=groups, silu=False)
+        self.heads, self.gain = heads, gain
+        self.norm = GroupNorm(channels, groups=groups, eps=eps, silu=False) if norm else nn.Identity()
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
-        return x + self_attention(self.norm(x), self.qkv, self.proj_out, self.heads)
+        return scaled(x + self_attention(self.norm(x), self.qkv, self.proj_out, self.heads), self.gain)
 
 
 class ResBlock(nn.Module):
     """ADM's residual block: norm, SiLU, (resample), conv; embedding as scale and shift or as an addend; norm, SiLU, dropout, conv; skip.
 
     x [B, in_channels, H, W], emb [B, emb_channels] with its SiLU already applied (once for all blocks) -> [B, out_channels, H', W'].
-    `resample` is None, downsample or upsample, applied on both branches.
+    `resample` is None, downsample, upsample or another function, applied on both branches. out_groups: of the second norm, as the first
+    where not given. gain: of the sum. project: whether the skip is a 1x1 convolution; None: where the number of channels changes.
     """
 
     # The layer that reads the embedding, between the convolution that makes its h and the norm that it changes.
     EMBEDDED = ("in_layers.2", "emb_layers.1", "out_layers.0")
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, emb_channels: int, dropout=0.0, scale_shift_norm=True, resample=None, groups=None
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        dropout: float = 0.0,
+        scale_shift_norm: bool = True,
+        resample=None,
+        groups: int | None = None,
+        out_groups: int | None = None,
+        eps: float = 1e-5,
+        gain: float = 1.0,
+        project: bool | None = None,
     ):
         super().__init__()
-        self.resample = resample
+        self.resample, self.gain = resample, gain
         # The places of parameterless layers are kept so that state-dict keys are ADM's: in_layers.{0,2}, emb_layers.1, out_layers.{0,3}.
         self.in_layers = nn.Sequential(
-            GroupNorm(in_channels, groups=groups), Resampled(resample), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm(in_channels, groups=groups, eps=eps), Resampled(resample), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         layer = ScaleShift(emb_channels, 2 * out_channels) if scale_shift_norm else Addend(emb_channels, out_channels)
         self.emb_layers = nn.Sequential(nn.Identity(), layer)
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels, groups=groups),
+            GroupNorm(out_channels, groups=groups if out_groups is None else out_groups, eps=eps),
             nn.Identity(),
             Dropout(dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        project = in_channels != out_channels if project is None else project
+        self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
 
     def forward(self, x, emb):
         norm, _, dropout, conv = self.out_layers
         h = self.emb_layers[1](self.in_layers(x), emb, norm)
-        return self.skip_connection(x if self.resample is None else self.resample(x)) + conv(dropout(h))
+        return scaled(self.skip_connection(x if self.resample is None else self.resample(x)) + conv(dropout(h)), self.gain)
+
+
+def scaled(x, gain: float):
+    """x times a number, x itself where that is one."""
+    return x if gain == 1 else gain * x
 
 
 class Downsample(nn.Module):
-    """Half the resolution without a residual block: a strided convolution (key `op`), or a plain mean."""
+    """Half the resolution without a residual block: a strided convolution (key `op`), or a plain mean.
 
-    def __init__(self, channels: int, *, conv: bool):
+    padding: 1 on every side, or 0, which means one row below and one column on the right (DDPM's code).
+    """
+
+    def __init__(self, channels: int, *, conv: bool, padding: int = 1):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else None
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if conv else None
 
     def forward(self, x):
-        return downsample(x) if self.op is None else self.op(x)
+        if self.op is None:
+            return downsample(x)
+        return self.op(x if self.op.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -55,7 +55,7 @@ def for_inference(network: nn.Module) -> nn.Module:
     """
     network = share(network)
     for module in list(network.modules()):
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and isinstance(module.norm, GroupNorm):
             absorb(module.norm, module.qkv)
         elif isinstance(module, SongBlock) and module.attention:
             absorb(module.norm2, module.qkv)

@@ -13,6 +13,16 @@ def fir_filter(taps: tuple[float, ...]) -> torch.Tensor:
     return (torch.outer(row, row) / row.sum().square())[None, None]
 
 
+def fir_downsample(x):
+    """Half the resolution by the taps (1, 3, 3, 1) with a border of zeros: three means of two neighbours, which have those taps."""
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 2, stride=1), 2, stride=1), 2)
+
+
+def fir_upsample(x):
+    """Twice the resolution by the taps (1, 3, 3, 1) with a border of zeros: each pixel twice, then two means of two neighbours."""
+    return F.avg_pool2d(F.avg_pool2d(F.pad(upsample(x), (1, 1, 1, 1)), 2, stride=1), 2, stride=1)
+
+
 class Resample(nn.Module):
     """Half ("down") or twice ("up") the resolution by a FIR filter; None leaves x alone. The filter is a buffer unless it is (1, 1)."""
 

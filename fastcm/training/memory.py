@@ -105,7 +105,7 @@ def _trainer(config: TrainConfig, device: torch.device, distance: nn.Module | No
         network = build_network(config).train()
     teacher = None
     if config.method in TAUGHT_METHODS:
-        teacher = Denoiser(copy.deepcopy(network), replace(config.noise, form="edm"))
+        teacher = Denoiser(copy.deepcopy(network), replace(config.noise, form=config.noise.base))
     return Trainer(
         config,
         network,

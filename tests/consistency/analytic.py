@@ -23,6 +23,37 @@ def ode_gain(sigma_from: float, sigma_to: float, data_std: float) -> float:
     return math.sqrt((sigma_to**2 + data_std**2) / (sigma_from**2 + data_std**2))
 
 
+def sigma_of(p: Preconditioning, c_noise: Tensor) -> Tensor:
+    """The noise level that a network is told by c_noise, float64."""
+    if p.betas is not None:
+        levels, step = p.betas.levels(), c_noise.clamp(0, p.betas.steps - 1)
+        low = step.floor().long().clamp(max=len(levels) - 2)
+        return torch.exp(torch.lerp(levels[low].log(), levels[low + 1].log(), step - low))
+    scale = {"250 ln sigma": 250.0, "ln sigma / 4": 0.25, "ln(sigma / 2)": 1.0}[p.c_noise]
+    return torch.exp(c_noise / scale) * (2 if p.c_noise == "ln(sigma / 2)" else 1)
+
+
+def exact_scalings(p: Preconditioning, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in in float64, from the chain's own variables: x = a x_0 + b z with a = 1 / sqrt(1 + sigma^2), b = a sigma."""
+    d = p.sigma_data
+    shifted = (sigma - p.sigma_min).clamp(min=0) if p.is_boundary else sigma
+    m = d**2 / (shifted.square() + d**2)
+    if p.base == "edm":
+        return m, shifted * d / (sigma.square() + d**2).sqrt(), 1 / (sigma.square() + d**2).sqrt()
+    a = 1 / (1 + sigma.square()).sqrt()
+    b = sigma * a
+    skip, out, c_in = {
+        "epsilon": (a / a, -b / a, a),  # x_0 = (x - b F) / a
+        "v": (a * a, -b, a),  # x_0 = a x - b F
+        "sample": (0 * a, a / a, a),
+        "ve": (a / a, b / a, a / a),  # x_0 = x + sigma^2 score, F = sigma score
+    }[p.base]
+    if not p.is_boundary:
+        return skip, out, c_in
+    n = shifted / (sigma.square() + d**2).sqrt()
+    return m + n * skip, n * out, c_in
+
+
 class GaussianNetwork(nn.Module):
     """The network F for which `Denoiser(F, preconditioning)` is the exact denoiser or the exact consistency function, to fp32 rounding.
 
@@ -47,16 +78,11 @@ class GaussianNetwork(nn.Module):
         return consistency_gain(sigma, self.data_std, self.preconditioning.sigma_min)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        scale = 250.0 if self.preconditioning.c_noise == "250 ln sigma" else 0.25
-        sigma = torch.exp(c_noise.double() / scale)
         p = self.preconditioning
-        # float64 twins of the denoiser's fp32 coefficients.
-        shifted = sigma - p.sigma_min if p.form == "boundary" else sigma
-        c_skip = p.sigma_data**2 / (shifted.square() + p.sigma_data**2)
-        c_out = shifted * p.sigma_data / (sigma.square() + p.sigma_data**2).sqrt()
-        c_in = 1 / (sigma.square() + p.sigma_data**2).sqrt()
+        sigma = sigma_of(p, c_noise.double())
+        c_skip, c_out, c_in = exact_scalings(p, sigma)
         # at sigma_min the boundary form has c_out = 0 up to the rounding of c_noise: F is finite there and does not matter.
-        c_out = c_out.clamp(min=1e-6)
+        c_out = torch.where(c_out.abs() < 1e-6, c_out.sign() * 1e-6 + (c_out == 0) * 1e-6, c_out)
         image = x.double() / expand(c_in, x)
         D_x = expand(self.gain(sigma), x) * image
         if labels is not None:

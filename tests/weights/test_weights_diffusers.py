@@ -202,18 +202,18 @@ def edit(path, **changes):
     [
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
-        ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
-        ("unet/config.json", {"freq_shift": 1}, "freq_shift"),
+        ("unet/config.json", {"time_embedding_type": "fourier"}, "time_proj.weight (missing)"),
+        ("unet/config.json", {"freq_shift": 3}, "freq_shift"),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn"),
-        ("unet/config.json", {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "SkipDownBlock2D"),
-        ("unet/config.json", {"downsample_type": "conv"}, "conv and resnet"),
-        ("unet/config.json", {"attn_norm_num_groups": 3}, "attn_norm_num_groups"),
+        ("unet/config.json", {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "(missing)"),
+        ("unet/config.json", {"downsample_type": "mean"}, "downsample_type"),
+        ("unet/config.json", {"attn_norm_num_groups": 5}, "middle_groups"),
         ("unet/config.json", {"num_class_embeds": None}, "class_embedding.weight"),
         ("unet/config.json", {"layers_per_block": 2}, "(missing)"),
         ("unet/config.json", {"block_out_channels": [24, 72]}, "[72"),
     ],
 )
-def test_what_is_not_adm_is_named(file, changes, part, tmp_path):
+def test_what_cannot_be_read_is_named(file, changes, part, tmp_path):
     write_diffusers(tmp_path, make(**DIGITS), {})
     edit(tmp_path / file, **changes)
     with pytest.raises(InputError) as error:
