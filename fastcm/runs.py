@@ -16,6 +16,7 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.errors import InputError, check_given, nearest, shown
 from fastcm.generation.generator import Generator
+from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
 from fastcm.training.config_file import flat, read_config_file
 from fastcm.training.parallel import Processes, joined
@@ -94,6 +95,8 @@ def plan(
     elif start_model is not None:  # the pictures are brought to its form, unless told otherwise
         resolution = start_model[1].get("resolution") if resolution is None else resolution
         changes = {"channels": start_model[1].get("channels"), **changes}
+    if teacher_model is not None and not teacher_model[1].get("classes"):  # it cannot say anything of classes
+        changes = {"network.num_classes": None, **changes}
     source = data if data is not None or own is None else own.data or None
     if source is None and (complete or name == "folder"):
         raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
@@ -114,7 +117,7 @@ def plan(
     if start_model is not None and network is None:
         if dataset is not None:
             check_images(start_model[1], dataset, "--teacher" if init_model is None else "--init")
-        config = like(config, start_model[0])
+        config = like(config, start_model[0], teacher=None if teacher_model is None else teacher_model[0])
     kind = changes.pop("network.kind", config.network["kind"])
     if kind != config.network["kind"]:
         config = replace(config, network=of_kind(config.network, kind))
@@ -126,8 +129,8 @@ def plan(
         config = replace(config, network=network_config(network))
     if complete and config.method in TAUGHT_METHODS and teacher is None:
         raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
-    if teacher_model is not None and teacher_model[0].preconditioning.form != "edm":
-        raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm.")
+    if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
+        raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
     usual = presets.preset(name, method=None, **({"dataset": dataset, "data": label} if own is None else {})).method
     default_out = Path("runs") / (name if config.method == usual else f"{name}-{config.method}")
     return Plan(config, dataset, Path(out) if out is not None else default_out, network, *models)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastcm.benchmarks.quality.ddpm", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder of the pipeline")
     parser.add_argument("--data", default="mnist", metavar="SRC", help="as fastcm train takes it (mnist)")
-    parser.add_argument("--kimg", type=float, default=80.0, help="thousands of images to train on (80)")
+    parser.add_argument("--kimg", type=float, default=64.0, help="thousands of images to train on (64)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -46,7 +46,7 @@ def train(out: Path, *, data: str, kimg: float, batch: int, seed: int) -> None:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    pictures = torch.tensor(open_dataset(data, classes=0).images)
+    pictures = torch.tensor(open_dataset(data, classes=0).for_training().images)
     torch.manual_seed(seed)
     network = UNet2DModel(sample_size=pictures.shape[2], in_channels=pictures.shape[1], out_channels=pictures.shape[1], **NETWORK)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")

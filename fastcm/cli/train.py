@@ -159,6 +159,9 @@ def print_plan(ready) -> None:
     print(f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {optimizer}")
     network = {name: value for name, value in config.network.items() if name not in ("in_channels", "out_channels")}
     print(f"network  {' '.join(f'{name}={value}' for name, value in network.items())}")
+    if config.teacher is not None or config.init is not None:
+        noise = config.noise
+        print(f"noise    {noise.form} form, sigma {noise.sigma_min:.4g} to {noise.sigma_max:.4g}, c_noise {noise.c_noise}")
     print(f"out      {ready.out}", flush=True)
 
 

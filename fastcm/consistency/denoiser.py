@@ -16,7 +16,9 @@ BASES = ("edm", "epsilon", "v", "sample", "ve")
 BOUNDARY_FORMS = {base: "boundary" if base == "edm" else f"{base}-boundary" for base in BASES}
 FORMS = ("boundary", *BASES, *(form for form in BOUNDARY_FORMS.values() if form != "boundary"))
 STEPS = ("interpolated step", "nearest step")  # of Preconditioning.betas
-C_NOISE = ("250 ln sigma", "ln sigma / 4", "ln(sigma / 2)", "arctan(sigma / sigma_data)", *STEPS)
+TRIGFLOW = "arctan(sigma / sigma_data)"
+C_NOISE = ("250 ln sigma", "ln sigma / 4", "ln(sigma / 2)", TRIGFLOW, *STEPS)
+MOST_GAIN = 4.0
 # Below every level that is trained or sampled; the lower end of an ECT pair may be 0, where c_out = 0 and c_noise need only be finite.
 SMALLEST_SIGMA = 1e-20
 
@@ -95,9 +97,12 @@ class Preconditioning:
         return self.form in BOUNDARY_FORMS.values()
 
     @property
-    def amplification(self) -> float:
-        """How often its own size the network's rounding error is in the image at sigma_max: the largest |c_out|."""
-        return self.coefficients(torch.tensor([self.sigma_max])).c_out.abs().item()
+    def fits_16_bits(self) -> bool:
+        """Whether a network in 16 bits draws clean images: bf16 rounds F by 2^-9, and the image has that times c_out, at most MOST_GAIN.
+
+        "epsilon" and "ve" have a c_out of sigma, 157 at the top of DDPM's chain: a third of the pixels' range.
+        """
+        return self._scalings(torch.tensor([self.sigma_max]))[1].abs().item() <= MOST_GAIN
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Returns the four scalings for sigma [B] fp32."""
@@ -143,7 +148,7 @@ class Preconditioning:
         return variance / (sigma.square() + variance)
 
     def _c_noise(self, sigma: Tensor) -> Tensor:
-        if self.c_noise == "arctan(sigma / sigma_data)":
+        if self.c_noise == TRIGFLOW:
             return torch.atan(sigma / self.sigma_data)
         if self.c_noise in STEPS:
             return self.betas.step(sigma, whole=self.c_noise == "nearest step")
@@ -157,7 +162,7 @@ class Preconditioning:
 
     def c_noise_rate(self, sigma: Tensor) -> Tensor:
         """d c_noise / d ln(sigma) at sigma [B] fp32, which is cos(t) sin(t) d c_noise / dt in TrigFlow's time t."""
-        if self.c_noise == "arctan(sigma / sigma_data)":
+        if self.c_noise == TRIGFLOW:
             return sigma * self.sigma_data / (sigma.square() + self.sigma_data**2)
         if self.c_noise in STEPS:
             if self.c_noise == "nearest step":

@@ -45,10 +45,11 @@ LEVELS_KEPT, LEVEL_BYTES_KEPT, GRAPHS_KEPT = 64, 1 << 30, 64
 log = logging.getLogger("fastcm")
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 on CUDA and fp32 elsewhere."""
+def choose_precision(precision: str, device: torch.device, preconditioning: Preconditioning | None = None) -> str:
+    """ "auto" is bf16 on CUDA, where the model's form bears it, and fp32 elsewhere."""
     if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+        fits = preconditioning is None or preconditioning.fits_16_bits
+        return "bf16" if device.type == "cuda" and fits else "fp32"
     if precision not in PRECISIONS:
         raise InputError(f"unknown value in --precision: {precision}. Use auto, {', '.join(PRECISIONS)}.{nearest(precision, PRECISIONS)}")
     return precision
@@ -73,7 +74,7 @@ class Generator(EditingTasks):
     def __init__(self, denoiser: Denoiser, info: dict, *, device: str = "auto", precision: str = "auto", compile: str = "auto"):
         self._compiles = chosen_compile(compile)
         self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
+        self.precision = choose_precision(precision, self.device, denoiser.preconditioning)
         self.provider = f"torch {self.device.type}"
         self.denoiser = denoiser.to(self.device).eval().requires_grad_(False)
         self.info = info

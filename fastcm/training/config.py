@@ -230,6 +230,8 @@ class TrainConfig:
         form = form_of(self.method, self.noise.base)
         if self.noise.form != form:
             raise InputError(f"form of another method in noise.form: {self.noise.form}. {self.method} trains the {form} form.")
+        if self.method in CONTINUOUS_METHODS and self.noise.c_noise == "nearest step":
+            raise InputError(f"a c_noise without a derivative in noise.c_noise: nearest step. {self.method} needs interpolated step.")
         if (self.objective.pairs == "ect") != (self.method == "ect"):
             raise InputError(f"pairs of another method in objective.pairs: {self.objective.pairs}. ect alone draws pairs of ect.")
         if self.lpips_weights is not None and self.objective.distance != "lpips":

@@ -112,7 +112,7 @@ def _trainer(config: TrainConfig, device: torch.device, distance: nn.Module | No
         target_of(network, config),
         _blank(config),
         device=device,
-        precision=resolve_precision(config.precision, device),
+        precision=resolve_precision(config.precision, device, config.noise),
         compiled=False,
         guides=Guides(teacher=teacher, feature_distance=distance),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastcm import networks
-from fastcm.consistency.denoiser import Denoiser
+from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.devices import choose_device
@@ -25,8 +25,10 @@ from fastcm.training.starting_point import check_against, copy_weights
 from fastcm.training.trainer import Callbacks, Trainer
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the processor multiplies it natively, else fp32."""
+def resolve_precision(precision: str, device: torch.device, noise: Preconditioning | None = None) -> str:
+    """ "auto" is bf16 where the processor multiplies it natively and the form bears it, else fp32."""
+    if precision == "auto" and noise is not None and not noise.fits_16_bits:
+        return "fp32"
     if precision == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if native else "fp32"
@@ -82,7 +84,7 @@ def run(
     check_network(network)
     processes.share(config.batch)
     processes.use(device)
-    precision = resolve_precision(config.precision, device)
+    precision = resolve_precision(config.precision, device, config.noise)
     for model, option in ((teacher, "--teacher"), (init, "--init")):
         if model is not None:
             check_against(*model, config, dataset, option)

@@ -10,18 +10,21 @@ from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
-from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig
+from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig, form_of
 from fastcm.weights.model_folder import network_config
 
+DIFFERENCE_STEP = 0.05  # of ln(sigma): a derivative in a chain's step is mostly that of the embedding's fast sines
 # What a run decides itself on another model's network: its images and classes, and what is no part of the weights.
 OWN_FIELDS = ("resolution", "in_channels", "out_channels", "num_classes", "dropout", "dropout_resolution", "checkpoint")
-CLASS_TABLES = ("label_emb.", "map_label.")  # the layers whose shape follows the number of classes
+CLASS_TABLES = ("label_emb.", "map_label.", "class_embedding.")  # the layers whose shape follows the number of classes
 
 
-def like(config: TrainConfig, model: Denoiser) -> TrainConfig:
-    """The run's settings with the network of `model`, for the run's own images and classes, and with the c_noise of that network.
+def like(config: TrainConfig, model: Denoiser, *, teacher: Denoiser | None = None) -> TrainConfig:
+    """The run's settings with the network of `model`, for the run's own images and classes, and with the noise of that network, or of the
+    teacher where there is one: its levels, how it is told them, and what it predicts, in the form that the method trains.
 
-    A method that differentiates by c_noise keeps its own, which `check_against` compares. Networks of users' own change nothing.
+    A method that differentiates by c_noise keeps its own, which `check_against` compares, where the EDM form lets it; from other forms it
+    takes differences, in fp32. Networks of users' own change nothing.
     """
     theirs = network_config(model.network)
     if theirs["kind"] not in networks.KINDS:
@@ -29,9 +32,13 @@ def like(config: TrainConfig, model: Denoiser) -> TrainConfig:
     config_class, _ = networks.KINDS[theirs["kind"]]
     own = {f.name: config.network.get(f.name, f.default) for f in fields(config_class) if f.name in OWN_FIELDS}
     config = replace(config, network={**theirs, **own})
+    noise = (teacher or model).preconditioning
     if config.method in CONTINUOUS_METHODS and config.objective.tangent != "finite-difference":
-        return config
-    return replace(config, noise=replace(config.noise, c_noise=model.preconditioning.c_noise))
+        if noise.base == "edm":
+            return config
+        differences = replace(config.objective, tangent="finite-difference", tangent_step=DIFFERENCE_STEP)
+        config = replace(config, objective=differences, precision="fp32")
+    return replace(config, noise=replace(noise, form=form_of(config.method, noise.base)))
 
 
 def check_images(info: dict[str, Any], dataset: Dataset, option: str) -> None:
@@ -46,9 +53,20 @@ def check_images(info: dict[str, Any], dataset: Dataset, option: str) -> None:
 def check_against(model: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset, option: str) -> None:
     """Refuses a teacher or first model whose images, classes or noise range differ from the run's."""
     check_images(info, dataset, option)
-    for field in ("sigma_min", "sigma_max", "sigma_data", "c_noise"):
-        have, want = getattr(model.preconditioning, field), getattr(config.noise, field)
-        if have != want:
+    theirs, ours = model.preconditioning, config.noise
+    if theirs.base != ours.base:
+        own = form_of(config.method, theirs.base)
+        raise InputError(f"another form in {option}: {theirs.form} (the run has {ours.form}). Pass --set noise.form={own}.")
+    # A run within the levels of its teacher needs nothing of it beyond; sigma_data is a choice of the boundary in all forms but EDM's.
+    same = {
+        "sigma_min": ours.sigma_min >= theirs.sigma_min,
+        "sigma_max": ours.sigma_max <= theirs.sigma_max,
+        "sigma_data": ours.sigma_data == theirs.sigma_data or ours.base != "edm",
+        "c_noise": ours.c_noise == theirs.c_noise and ours.betas == theirs.betas,
+    }
+    for field, fits in same.items():
+        have, want = getattr(theirs, field), getattr(ours, field)
+        if not fits:
             raise InputError(f"another {field} in {option}: {have} (the run has {want}). Pass --set noise.{field}={json.dumps(have)}.")
 
 

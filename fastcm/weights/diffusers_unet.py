@@ -11,7 +11,7 @@ from fastcm import networks
 from fastcm.errors import InputError, shown
 from fastcm.networks.unet2d import DOWN_BLOCKS, UP_BLOCKS
 from fastcm.weights.fields import COUNT, COUNTS, NEEDED, NUMBER, TEXTS, field
-from fastcm.weights.foreign_file import refuse, refuse_keys
+from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
 from fastcm.weights.model_folder import fill, read_json
 from fastcm.weights.state_dict_file import is_index, network_state, read_state_dict
 
@@ -151,7 +151,7 @@ def as_adm(config: networks.UNet2DConfig) -> networks.UNetConfig | None:
         return None
     if config.scale_shift_norm and config.middle_groups is None:  # no norm before the middle's attention
         return None
-    return networks.UNetConfig(
+    adm = networks.UNetConfig(
         resolution=config.resolution,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -166,6 +166,8 @@ def as_adm(config: networks.UNet2DConfig) -> networks.UNetConfig | None:
         resblock_updown=resblock_updown,
         norm_groups=config.norm_groups,
     )
+    require_plain(adm, "diffusers")
+    return adm
 
 
 def _sample_size(config: dict, path: Path) -> int:
@@ -187,6 +189,7 @@ def to_config(network: nn.Module) -> dict:
     if kind != "adm":
         raise InputError(f"no diffusers form in network.kind: {kind}. adm and unet2d networks have one; convert --to fastcm instead.")
     config, widths = network.config, network.config.widths
+    require_plain(config, "diffusers")
     attends = [config.resolution >> level in config.attention_resolutions for level in range(len(widths))]
     attending = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}  # the middle always attends
     head_widths = {width // config.heads(width) for width in attending}

@@ -41,7 +41,8 @@ def test_the_linear_chain_ends_at_157():
 
 
 def test_the_cosine_chain_is_edms_table_of_iddpm():
-    # Karras et al. 2022, Table 1: u_{j-1} = sqrt((u_j^2 + 1) / max(a_{j-1} / a_j, C_1) - 1), a_j = sin^2(pi/2 j / (M (C_2 + 1))), c_noise = M - 1 - j.
+    # Karras et al. 2022, Table 1: u_{j-1} = sqrt((u_j^2 + 1) / max(a_{j-1} / a_j, C_1) - 1), c_noise = M - 1 - j,
+    # a_j = sin^2(pi/2 j / (M (C_2 + 1))).
     M, C_1, C_2 = 1000, 0.001, 0.008
     u = [0.0]
     for j in range(M, 0, -1):

@@ -234,7 +234,7 @@ def test_a_teacher_must_fit(tmp_path, teacher):
     with pytest.raises(InputError, match="another architecture in --teacher"):
         small_run(tmp_path / "cd", method="cd", teacher=teacher, **{"network.channels": 16})
     with pytest.raises(InputError, match="another sigma_max in --teacher"):
-        small_run(tmp_path / "cd", method="cd", teacher=teacher, **{"noise.sigma_max": 40.0})
+        small_run(tmp_path / "cd", method="cd", teacher=teacher, **{"noise.sigma_max": 100.0})
     assert not (tmp_path / "cd").exists()
 
 

@@ -42,11 +42,7 @@ NETWORKS = {
         "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D"),
         "upsample_type": "resnet",
     },
-    "attending everywhere": {
-        "down_block_types": ("AttnDownBlock2D",) * 2,
-        "up_block_types": ("AttnUpBlock2D",) * 2,
-        "downsample_type": "resnet",
-    },
+    "attending": {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2, "downsample_type": "resnet"},
     "one head, groups": {"attention_head_dim": None, "attn_norm_num_groups": 4, "time_embedding_dim": 48},
     "no middle attention": {"add_attention": False, "mid_block_scale_factor": 2.0},
     "no middle": {"mid_block_type": None},
