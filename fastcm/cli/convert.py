@@ -25,6 +25,8 @@ def add(subparsers) -> None:
     parser.add_argument("--prediction", metavar="P", help="of a diffusion model without a scheduler: epsilon, v_prediction or sample")
     betas = "its chain: linear, scaled_linear or cosine of 1,000 steps, or as cosine:4000"
     parser.add_argument("--betas", metavar="B", help=betas)
+    order = "of guided-diffusion's option of that name, which no key of a .pt shows"
+    parser.add_argument("--new-attention-order", action="store_true", default=None, help=order)
     parser.add_argument(
         "--form", choices=("edm", "boundary"), help="preconditioning of an OpenAI .pt; edm for edm_*, else boundary by default"
     )
@@ -62,8 +64,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def openai_options(args: argparse.Namespace) -> dict:
-    """What was said of a .pt file that does not say it."""
-    options = {name: getattr(args, name) for name in ("image_size", "head_channels", "heads", "form", "prediction", "betas")}
+    """What was said of a model that does not say it."""
+    names = ("image_size", "head_channels", "heads", "form", "prediction", "betas", "new_attention_order")
+    options = {name: getattr(args, name) for name in names}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Network pickles of EDM and of Consistency Models Made Easy (ECT): SongUNet and DhariwalUNet inside EDMPrecond or ECMPrecond."""
+"""Network pickles of EDM and of Consistency Models Made Easy (ECT): SongUNet and DhariwalUNet inside any of their preconditionings."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import networks
-from fastcm.consistency.denoiser import Preconditioning
+from fastcm.consistency.betas import Betas
+from fastcm.consistency.denoiser import STEPS, Preconditioning
 from fastcm.errors import InputError
 from fastcm.networks.resample import fir_filter
 from fastcm.weights import safe_unpickle
@@ -17,7 +18,8 @@ from fastcm.weights.model_folder import fill
 from fastcm.weights.safe_unpickle import Record
 
 EXPECTED = "an EDM network (.pkl)"
-FORMS = {"EDMPrecond": "edm", "ECMPrecond": "boundary"}
+FORMS = {"EDMPrecond": "edm", "ECMPrecond": "boundary", "VPPrecond": "epsilon", "VEPrecond": "ve", "iDDPMPrecond": "epsilon"}
+COSINE = (0.001, 0.008)  # C_1 and C_2 of iDDPMPrecond, which are squaredcos_cap_v2's own
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's sampling range, where the file says 0 and infinity
 # SongUNet's and DhariwalUNet's options, with the defaults that apply where a file leaves them out: (our name, default).
 SHARED = {"in_channels": ("in_channels", 3), "out_channels": ("out_channels", 3)}
@@ -52,7 +54,8 @@ IGNORED = ("img_resolution", "label_dropout", "use_fp16")
 def read_edm(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
     """Returns (network with fp32 weights on the CPU, preconditioning, info) of a pickle, none of whose code is run.
 
-    An EDMPrecond gives the edm form, an ECMPrecond the boundary form. Raises InputError naming file and reason.
+    An EDMPrecond gives the edm form, an ECMPrecond the boundary form, VPPrecond, VEPrecond and iDDPMPrecond those of Karras et al. 2022,
+    Table 1; of an iDDPM's variance nothing is kept. Raises InputError naming file and reason.
     """
     path = Path(path)
     content = safe_unpickle.load(path, expected=EXPECTED)
@@ -80,13 +83,27 @@ def read_edm(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
 
 
 def _preconditioning(record: Record) -> Preconditioning:
-    sigma_min, sigma_max = float(record.state.get("sigma_min", 0)), float(record.state.get("sigma_max", math.inf))
+    def number(name: str, default: float) -> float:
+        return float(record.state.get(name, default))
+
+    sigma_min, sigma_max = number("sigma_min", 0), number("sigma_max", math.inf)
+    betas, c_noise = None, "ln(sigma / 2)" if record.class_name == "VEPrecond" else "ln sigma / 4"
+    if record.class_name == "VPPrecond":
+        low = number("beta_min", 0.1)
+        betas, c_noise = Betas(schedule="continuous", start=low, end=low + number("beta_d", 19.9), steps=int(number("M", 1000))), STEPS[0]
+    elif record.class_name == "iDDPMPrecond":
+        found = number("C_1", COSINE[0]), number("C_2", COSINE[1])
+        if found != COSINE:
+            raise ValueError(f"C_1 and C_2 are {found[0]:g} and {found[1]:g}, not {COSINE[0]:g} and {COSINE[1]:g}")
+        betas, c_noise = Betas(schedule="squaredcos_cap_v2", steps=int(number("M", 1000))), STEPS[1]
+    low, high = (SIGMA_MIN, SIGMA_MAX) if betas is None else betas.sigma_range
     return Preconditioning(
         form=FORMS[record.class_name],
-        sigma_data=float(record.state.get("sigma_data", 0.5)),
-        sigma_min=sigma_min if sigma_min > 0 else SIGMA_MIN,
-        sigma_max=sigma_max if math.isfinite(sigma_max) else SIGMA_MAX,
-        c_noise="ln sigma / 4",
+        sigma_data=number("sigma_data", 0.5),
+        sigma_min=sigma_min if sigma_min > 0 else low,
+        sigma_max=high if not math.isfinite(sigma_max) else sigma_max if betas is None else min(sigma_max, high),
+        c_noise=c_noise,
+        betas=betas,
     )
 
 
@@ -99,6 +116,8 @@ def _network(model: Record, record: Record, path: Path) -> nn.Module:
         refuse(path, expected=EXPECTED, reason=f"the arguments of its {model.class_name} were not recorded")
     try:
         state = model.tensors()
+        if record.class_name == "iDDPMPrecond":
+            options, state = _without_variance(options, state)
         network, state = builders[model.class_name](options, record.state.get("img_resolution"), state)
     except InputError as error:
         refuse(path, expected=EXPECTED, reason=error)
@@ -109,6 +128,17 @@ def _network(model: Record, record: Record, path: Path) -> nn.Module:
         refuse_keys(path, expected=EXPECTED, keys=unknown, remedy=f"They do not belong to its {model.class_name}.")
     fill(network, {name: value.float() for name, value in state.items()}, path)
     return network
+
+
+def _without_variance(options: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Arguments and tensors of the network without its second half of channels, which iDDPM learns a variance in."""
+    given, wanted = options.get("out_channels"), options.get("in_channels")
+    if given == wanted:
+        return options, state
+    if not isinstance(given, int) or not isinstance(wanted, int) or given != 2 * wanted:
+        raise ValueError(f"{given} channels out of {wanted}")
+    last = [name for name in state if name.startswith("out_conv.") or ("_aux_conv." in name and len(state[name]) == given)]
+    return {**options, "out_channels": wanted}, {**state, **{name: state[name][:wanted] for name in last}}
 
 
 def _options(given: dict, resolution: Any, known: dict[str, tuple[str, Any]]) -> dict:

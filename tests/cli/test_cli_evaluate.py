@@ -10,6 +10,7 @@ from evaluated_models import model_folder, quick_judge, run
 
 from fastcm import cli, evaluation
 from fastcm.cli.evaluate_sets import CALLS
+from fastcm.consistency.betas import Betas
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.data.dataset import open_dataset
 from fastcm.evaluation import halves
@@ -82,7 +83,8 @@ def test_the_counted_calls_are_the_real_ones(sampler):
             calls.append(len(x))
             return torch.zeros_like(x)
 
-    generator = Generator(Denoiser(Network(), Preconditioning(form="edm")), {"resolution": 8, "channels": 1}, device="cpu")
+    p = Preconditioning(form="epsilon", c_noise="interpolated step", betas=Betas(), sigma_min=0.01)
+    generator = Generator(Denoiser(Network(), p), {"resolution": 8, "channels": 1}, device="cpu")
     generator([0], steps=4, sampler=sampler)
     assert len(calls) == CALLS[sampler](4)
 
@@ -138,7 +140,10 @@ def test_a_model_knows_its_training_data_and_the_rows_it_never_saw(tmp_path, cap
         (("--sigmas", "90"), "noise level out of range in sigmas: 90."),
         (("--seeds", "9-3"), "--seeds"),
         (("--seeds", "1"), "too few samples"),
-        (("--sampler", "huen"), "unknown value in --sampler: huen. Use one of consistency, heun, euler, dpm, ancestral. Did you mean"),
+        (
+            ("--sampler", "huen"),
+            "unknown value in --sampler: huen. Use one of consistency, heun, euler, dpm, ancestral, ddim. Did you mean",
+        ),
         (("--json", "nowhere/r.json"), "no such folder for --json"),
         (("--device", "gpu"), "unknown device in --device: gpu."),
     ],

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
 from fastcm.generation.generator import Generator
-from fastcm.networks import KINDS, build, patches
+from fastcm.networks import build, patches
 from fastcm.networks.inference import for_inference
 from fastcm.weights.diffusers import write_diffusers
 from fastcm.weights.openai import write_openai
@@ -30,7 +30,7 @@ def inputs(resolution):
     return torch.randn(2, 3, resolution, resolution), torch.tensor([3.0, -1.0]), LABELS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OWN)
 def test_a_patch_is_channels_inside(kind):
     """The same weights on pixel_unshuffle(x), whose result is shuffled back: the state dict has the shapes of that network."""
     network = make(kind, patch=2)
@@ -42,7 +42,7 @@ def test_a_patch_is_channels_inside(kind):
     assert list(network.state_dict()) == list(make(kind, resolution=6).state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize(("resolution", "patch"), [(11, 1), (10, 2), (9, 4)])
 def test_other_sizes_are_padded_and_cropped(kind, resolution, patch):
     options = {"patch": patch, "attention_resolutions": ()}

@@ -105,7 +105,6 @@ def test_sigma_max_is_kept_or_lowered(tmp_path):
     ("arguments", "base", "words"),
     [
         ({"data": "emoji32"}, "epsilon", "another number of channels in --data: emoji32: 3"),
-        ({"preset": "digits"}, "epsilon", "another classes in --teacher"),
         ({"method": "scd"}, "sample", "nearest step"),
         ({"changes": {"noise.form": "v-boundary"}}, "epsilon", "another form in --teacher: epsilon"),
         ({"changes": {"noise.form": "epsilon"}}, "epsilon", "cd trains the epsilon-boundary form"),

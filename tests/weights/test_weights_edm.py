@@ -226,7 +226,7 @@ def test_other_networks_are_refused_by_name(tmp_path):
         write_pickle(path, content)
         return one_line(path)
 
-    assert "VPPrecond" in refusal(content_of("ncsnpp", "VPPrecond"))
+    assert "EDM2Precond" in refusal(content_of("ncsnpp", "EDM2Precond"))
     other = content_of("ncsnpp")
     other["ema"]._modules["model"].class_name = "EDM2UNet"
     assert "EDM2UNet" in refusal(other)
@@ -286,3 +286,42 @@ def test_damaged_files_only_ever_raise_input_errors(tmp_path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 2
+
+
+@pytest.mark.parametrize("precond", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_other_preconditionings_are_those_of_table_1(precond, tmp_path):
+    """Karras et al. 2022, Table 1, written out in float64 beside the networks' own outputs."""
+    content = content_of("adm" if precond == "iDDPMPrecond" else "ncsnpp", precond, sigma_min=0.002, sigma_max=100.0)
+    model = content["ema"]._modules["model"]
+    if precond == "iDDPMPrecond":  # a variance beside the image
+        model._init_kwargs["out_channels"] = 6
+        conv = model._modules["out_conv"]
+        for name, value in list(conv._parameters.items()):
+            conv._parameters[name] = torch.nn.Parameter(torch.cat([value, torch.full_like(value, 9.0)]))
+    write_pickle(tmp_path / "net.pkl", content)
+    network, preconditioning, _ = read_edm(tmp_path / "net.pkl")
+    x, sigma = wave_images(3, 3, 8, 8).double(), torch.tensor([0.02, 1.5, 60.0], dtype=torch.float64)
+    s = sigma.view(-1, 1, 1, 1)
+    if precond == "VPPrecond":
+        t = ((0.1**2 + 2 * 19.9 * (1 + sigma**2).log()).sqrt() - 0.1) / 19.9
+        c_out, c_in, c_noise = -s, 1 / (s**2 + 1).sqrt(), 999 * t
+    elif precond == "VEPrecond":
+        c_out, c_in, c_noise = s, torch.ones_like(s), (sigma / 2).log()
+    else:
+        bar = [torch.sin(torch.tensor(j * torch.pi / 2 / (1000 * 1.008), dtype=torch.float64)).square() for j in range(1001)]
+        u = [torch.tensor(0.0, dtype=torch.float64)]
+        for j in range(1000, 0, -1):
+            u.insert(0, ((u[0] ** 2 + 1) / (bar[j - 1] / bar[j]).clamp(min=0.001) - 1).sqrt())
+        nearest = (torch.stack(u)[None] - sigma[:, None]).abs().argmin(1)
+        c_out, c_in, c_noise = -s, 1 / (s**2 + 1).sqrt(), 999 - nearest
+    expected = x + c_out * network((c_in * x).float(), c_noise.float()).double()
+    ours = Denoiser(network, preconditioning)(x.float(), sigma.float()).double()
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(c_out.abs().max()))
+    assert (ours - x).abs().max() > 1e-3
+    assert preconditioning.sigma_min == 0.002 and preconditioning.sigma_max == 100.0
+
+
+def test_an_iddpm_of_another_cosine_is_refused(tmp_path):
+    write_pickle(tmp_path / "net.pkl", content_of("adm", "iDDPMPrecond", C_1=0.002))
+    with pytest.raises(InputError, match="C_1 and C_2 are 0.002"):
+        read_edm(tmp_path / "net.pkl")
