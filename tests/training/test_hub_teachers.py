@@ -104,7 +104,7 @@ def test_sigma_max_is_kept_or_lowered(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "base", "words"),
     [
-        ({"data": "emoji32"}, "epsilon", "another number of channels in --data: emoji32: 3"),
+        ({"data": "emoji32", "changes": {"resolution": 16}}, "epsilon", "another resolution in --teacher: 8 (the run has 16)"),
         ({"method": "scd"}, "sample", "nearest step"),
         ({"changes": {"noise.form": "v-boundary"}}, "epsilon", "another form in --teacher: epsilon"),
         ({"changes": {"noise.form": "epsilon"}}, "epsilon", "cd trains the epsilon-boundary form"),
