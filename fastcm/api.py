@@ -12,7 +12,7 @@ from fastcm.errors import InputError, RunError, check_given, nearest
 from fastcm.generation.compiled import chosen_compile
 from fastcm.generation.generator import Generator
 from fastcm.weights import hub
-from fastcm.weights.model_folder import is_model_folder, load_model, read_json
+from fastcm.weights.model_folder import check_path, is_model_folder, load_model, read_json
 
 RUN_FORMAT = "fastcm-run"
 CHAIN_OPTIONS = ("prediction", "betas")
@@ -32,6 +32,7 @@ def resolve_model(model: str | Path) -> tuple[str, Path]:
     """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm" or one of EXPORTED; a run folder stands for its model/."""
     check_given("MODEL", model)
     path = Path(model)
+    check_path(path, "MODEL")
     if not path.exists():
         path = _elsewhere(str(model))
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastcm.api import load, load_denoiser
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.errors import InputError, check_given, nearest, shown
+from fastcm.evaluation import check_judged
 from fastcm.generation.generator import Generator
 from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
@@ -25,7 +27,7 @@ from fastcm.training.run import RunResult, check_network, run
 from fastcm.training.run_logs import RunLog, chosen_logs
 from fastcm.training.starting_point import check_images, like
 from fastcm.training.trainer import Callbacks
-from fastcm.weights.model_folder import network_config
+from fastcm.weights.model_folder import check_path, network_config
 
 Source = str | Path | np.ndarray | tuple[np.ndarray, np.ndarray]
 # Options of `train` that name a field of TrainConfig otherwise than the field, and how their values are read from text.
@@ -124,6 +126,8 @@ def plan(
     config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network))
     if dataset is not None:
         check_data(config, dataset, custom=network is not None)
+        if config.evaluate_every_kimg is not None:
+            check_judged(dataset.labels, option="--evaluate-every")
     if network is not None:
         check_network(network)
         config = replace(config, network=network_config(network))
@@ -133,7 +137,9 @@ def plan(
         raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
     usual = presets.preset(name, method=None, **({"dataset": dataset, "data": label} if own is None else {})).method
     default_out = Path("runs") / (name if config.method == usual else f"{name}-{config.method}")
-    return Plan(config, dataset, Path(out) if out is not None else default_out, network, *models)
+    out = Path(out) if out is not None else default_out
+    check_path(out, "--out")
+    return Plan(config, dataset, out, network, *models)
 
 
 def _text(name: str, value: Any) -> Any:
@@ -229,6 +235,9 @@ def train(
             options = {"method": method, "data": data, "teacher": teacher, "out": out, "network": network, "config_file": config}
             with processes.writer_first():
                 ready = plan(preset, **options, changes=changes)
+            if processes.is_writer:
+                for note in ready.dataset.notes:
+                    print(f"fastcm: {note}", file=sys.stderr)
             result = start(ready, callbacks=callbacks, processes=processes, logs=logs)
     except InputError as error:
         raise InputError(_in_python(str(error))) from error

@@ -178,6 +178,7 @@ def load_mask(args: argparse.Namespace, generator):
     import numpy as np
 
     from fastcm import api
+    from fastcm.data.decoding import is_transparent
 
     resolution = generator.resolution
     if args.box is not None:
@@ -191,6 +192,9 @@ def load_mask(args: argparse.Namespace, generator):
     if own not in ((width, height), (resolution, resolution)):
         want = f"{width}x{height} as --image, or {resolution}x{resolution}"
         raise InputError(f"another size in --mask: {args.mask} has {own[0]}x{own[1]}. Make it {want}.")
+    if is_transparent(args.mask):
+        what = f"a mask with transparency in --mask: {args.mask}"
+        raise InputError(f"{what}. Save it without an alpha channel: white is generated, black kept.")
     return api.picture(args.mask, resolution=resolution, channels=1, name="--mask")[..., 0]
 
 

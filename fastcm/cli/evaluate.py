@@ -125,11 +125,11 @@ def chosen_metrics(args: argparse.Namespace, opened: Measured) -> list[str]:
 def prepare(args: argparse.Namespace, opened: Measured, metrics: list[str]):
     """The world that samples are measured in: judge, feature network, reference. Nothing is drawn."""
     from fastcm import evaluation
-    from fastcm.data.image_cache import cache_folder
+    from fastcm.data.image_cache import optional_folder
     from fastcm.evaluation import extractors, protocol
     from fastcm.evaluation.reference import read_reference
 
-    cache = cache_folder(None) / "evaluation"
+    cache = optional_folder("evaluation")
     kind = args.features or default_features(opened.dataset)
     images, labels = (None, None) if opened.dataset is None else (opened.dataset.images, opened.dataset.labels)
     tools: dict = {"held_out": opened.held_out, "cache": cache}
@@ -222,7 +222,8 @@ def data_facts(args: argparse.Namespace, measured: Measured) -> dict:
     if measured.dataset is None:
         return {"data": str(args.reference)}
     rule = "cropped to a square, halved by box and reduced by bicubic filter"
-    return {"data": args.data, "data_fingerprint": measured.dataset.fingerprint, "data_resize": rule}
+    dataset = measured.dataset
+    return {"data": args.data, "data_fingerprint": dataset.fingerprint, "data_resize": rule, "data_notes": list(dataset.notes)}
 
 
 def write_results(args: argparse.Namespace, measured: Measured, result: dict, world, galleries: dict | None) -> None:

@@ -16,7 +16,7 @@ def search(args: argparse.Namespace, opened: Measured, world) -> None:
     """Searches, prints the levels, hands them to the generator, and saves them where asked. The world is that of the evaluation."""
     import numpy as np
 
-    from fastcm.data.image_cache import cache_folder
+    from fastcm.data.image_cache import optional_folder
     from fastcm.evaluation import Samples, timestep_search
     from fastcm.evaluation.protocol import measure
     from fastcm.generation.request import label_array
@@ -36,7 +36,8 @@ def search(args: argparse.Namespace, opened: Measured, world) -> None:
 
     grid = timestep_search.candidates(generator.preconditioning, args.search_grid or trained_levels(Path(args.model)))
     also = [generator.sigmas(steps) for steps in range(2, args.search_steps + 1)]
-    journal = timestep_search.journal_path(cache_folder(None) / "evaluation", identity(args, opened, world, grid, count))
+    cache = optional_folder("evaluation")
+    journal = None if cache is None else timestep_search.journal_path(cache, identity(args, opened, world, grid, count))
     found = timestep_search.greedy_search(objective, grid, steps=args.search_steps, journal=journal, also=also)
     for steps, levels in found.levels.items():
         shown = ",".join(f"{sigma:.4g}" for sigma in levels)

@@ -24,7 +24,7 @@ from fastcm.errors import InputError, check_given, nearest
 from fastcm.generation.pictures import MODES, to_pil
 from fastcm.weights.class_names import by_name, listed
 
-BLOCK = 256  # pictures of an array file read between two writes
+BLOCK, BLOCK_BYTES = 256, 64 << 20  # pictures of an array file read between two writes, and the most that they may take
 IN_MEMORY_BYTES = 64 << 20  # arrays below this are read at once; above, they go through the memory-mapped cache
 ARRAY_FILES = {
     "npz": npz.open_npz,
@@ -162,16 +162,15 @@ def open_dataset(
     if isinstance(source, tuple | np.ndarray):
         images, labels = source if isinstance(source, tuple) else (source, None)
         return _with_classes(_from_arrays(np.asarray(images), labels, None, (resolution, channels), "array"), classes)
-    cache = image_cache.cache_folder(cache_dir)
     built_in, _, part = str(source).partition(":")
     if built_in in BUILT_IN:
         return _with_classes(_built_in(built_in, part, resolution, channels), classes)
     limit = classes if isinstance(classes, int) and classes else MAX_CLASSES
     found = find(str(source), labels_file=None if labels_file is None else Path(labels_file), limit=limit, columns=columns)
     if not found.has_pictures:
-        dataset = _from_file(found, resolution, channels, cache, progress)
+        dataset = _from_file(found, resolution, channels, cache_dir, progress)
     else:
-        dataset = _from_pictures(found, resolution, channels, bad_images, cache, progress)
+        dataset = _from_pictures(found, resolution, channels, bad_images, image_cache.cache_folder(cache_dir), progress)
     return _with_classes(dataset, classes)
 
 
@@ -242,29 +241,38 @@ def _decode(
     return streaming.open_stream(entry, listing.root, bad_images)
 
 
-def _from_file(source: Source, resolution: int | None, channels: int | None, cache: Path, progress: bool) -> Dataset:
-    """A file of arrays: in memory if it is small, else through the cache."""
+def _from_file(
+    source: Source, resolution: int | None, channels: int | None, cache_dir: str | os.PathLike | None, progress: bool
+) -> Dataset:
+    """A file of arrays: in memory if it is small, before and after it is resized, else through the cache."""
     kind, files = source.kind, source.files
     name = "cifar10" if kind == "cifar" else source.name
     form = resolution if channels is None else (resolution, channels)
-    entry = cache / f"{name}-{resolution or 'own'}-{image_cache.entry_key([kind, form, *image_cache.stamps(map(str, files))])}"
-    opened = image_cache.open_entry(entry)
+    entry = f"{name}-{resolution or 'own'}-{image_cache.entry_key([kind, form, *image_cache.stamps(map(str, files))])}"
+    cache = image_cache.folder_or_none(cache_dir)
+    opened = None if cache is None else image_cache.open_entry(cache / entry)
     if opened is None:
         arrays = ARRAY_FILES[kind](source.root) if kind == "cifar" else ARRAY_FILES[kind](*files)
         count, height, width, given = arrays.images_shape
-        if count * height * width * given <= IN_MEMORY_BYTES:
-            images = np.concatenate(list(arrays.blocks(count)))
-            return _from_arrays(images, arrays.labels, arrays.class_names, (resolution, channels), name)
         side, channels = resolution or _own_side(height, width, source.root), channels or given
-        blocks = _blocks(arrays.blocks, count, side, channels, progress)
+        row_bytes = max(height * width * given, side * side * channels)
+        if count * row_bytes <= IN_MEMORY_BYTES:
+            images = np.concatenate(list(arrays.blocks(count)))
+            return _from_arrays(images, arrays.labels, arrays.class_names, (side, channels), name)
+        blocks = _blocks(arrays.blocks, count, row_bytes, side, channels, progress)
         shape = (count, channels, side, side)
+        entry = image_cache.cache_folder(cache_dir) / entry
         opened = image_cache.build_entry(entry, blocks, shape=shape, labels=arrays.labels, class_names=arrays.class_names)
     return _of_entry(opened, name)
 
 
-def _blocks(read: Callable[[int], Iterator[np.ndarray]], count: int, side: int, channels: int, progress: bool) -> Iterator[np.ndarray]:
+def _blocks(
+    read: Callable[[int], Iterator[np.ndarray]], count: int, row_bytes: int, side: int, channels: int, progress: bool
+) -> Iterator[np.ndarray]:
+    """The pictures in their form, a block at a time. row_bytes: of the larger form of a picture, before or after."""
+    rows = max(1, min(BLOCK, BLOCK_BYTES // row_bytes))
     with tqdm(total=count, desc="reading", unit="img", disable=None if progress else True) as bar:
-        for block in read(BLOCK):
+        for block in read(rows):
             yield _formed(block, side, channels)
             bar.update(len(block))
 

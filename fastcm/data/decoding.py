@@ -8,7 +8,8 @@ The rule, in this order:
    YCbCr, LAB and HSV become RGB by Pillow's conversion; a palette counts as colour, whatever its entries are. Of four channels the last is
    opacity, 255 where a picture has none.
 5. Crop and resize as in guided-diffusion (openai/guided-diffusion, image_datasets.py, `center_crop_arr`): halve with a box filter while
-   the short side is at least twice the resolution, resize the short side to the resolution (bicubic), cut the centre square.
+   the short side is at least twice the resolution, resize the short side to the resolution (bicubic), cut the centre square. Of a picture
+   that is to be enlarged and more than 8 times as long as wide, the rest is cut off before, so that no header asks for more.
 """
 
 import io
@@ -27,6 +28,7 @@ from fastcm.generation.pictures import MODES
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+MOST_ASPECT = 8  # of what is enlarged: how much longer than wide
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -139,6 +141,8 @@ def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
+    if scale > 1:
+        image = _middle(image, most=MOST_ASPECT * min(image.size))
     if scale != 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     if image.size != (resolution, resolution):
@@ -146,6 +150,21 @@ def to_pixels(image: Image.Image, *, resolution: int) -> np.ndarray:
         image = image.crop((left, top, left + resolution, top + resolution))
     pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _middle(image: Image.Image, *, most: int) -> Image.Image:
+    """The middle of the picture, no side longer than `most`."""
+    size = [min(side, most) for side in image.size]
+    left, top = ((whole - side) // 2 for whole, side in zip(image.size, size, strict=True))
+    return image if size == list(image.size) else image.crop((left, top, left + size[0], top + size[1]))
+
+
+def is_transparent(picture: Path) -> bool:
+    """Whether a pixel of a picture's file is not opaque. Raises BadImageError."""
+    with _opened(picture) as image:
+        if image.mode not in TRANSPARENT_MODES and "transparency" not in image.info:
+            return False
+        return image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def _reason(picture: Path | bytes, error: Exception) -> str:

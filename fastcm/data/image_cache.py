@@ -40,8 +40,29 @@ class Entry:
 
 
 def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
-    """`cache_dir`, else $FASTCM_CACHE, else ~/.cache/fastcm."""
-    return Path(cache_dir or os.environ.get("FASTCM_CACHE") or Path.home() / ".cache" / "fastcm")
+    """`cache_dir`, else $FASTCM_CACHE, else ~/.cache/fastcm. Raises InputError where there is no home."""
+    folder = folder_or_none(cache_dir)
+    if folder is None:
+        raise InputError("no home folder for the image cache: HOME is not set. Set FASTCM_CACHE to a folder.")
+    return folder
+
+
+def folder_or_none(cache_dir: str | os.PathLike | None) -> Path | None:
+    """As `cache_folder`; None where there is no home."""
+    try:
+        return Path(cache_dir or os.environ.get("FASTCM_CACHE") or Path.home() / ".cache" / "fastcm")
+    except RuntimeError:
+        return None
+
+
+def optional_folder(name: str) -> Path | None:
+    """A folder of the cache for what costs time alone to make again; None where none can be made or written."""
+    try:
+        folder = cache_folder(None) / name
+        make_folder(folder)
+    except InputError:
+        return None
+    return folder
 
 
 def entry_key(parts: Iterable[object]) -> str:

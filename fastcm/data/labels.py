@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcm.errors import InputError
+from fastcm.networks.checks import MAX_CLASSES
 from fastcm.weights.class_names import check_names, in_order
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
-MAX_CLASSES = 100_000
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "name", "path")
 LABEL_COLUMNS = ("label", "class", "class_name")
 # Folders that hold parts of a set, and what cameras begin the names of their pictures with: neither are classes.

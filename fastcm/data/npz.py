@@ -1,5 +1,6 @@
 """`.npz` files in the field's convention: arr_0 uint8 [N, H, W, C], arr_1 labels; pictures are read in blocks, not as a whole."""
 
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 from fastcm.data.labels import check_labels
 from fastcm.errors import ARRAY_FILE_ERRORS, InputError
@@ -90,4 +92,6 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> tuple[i
         raise InputError(f"not pictures in {where}: {dtype} {list(shape)}. Expected {IMAGE_LAYOUT}.")
     if 0 in shape:
         raise InputError(f"no picture in {where}: shape {list(shape)}. Expected {IMAGE_LAYOUT}.")
+    if shape[1] * shape[2] > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise InputError(f"pictures too large in {where}: shape {list(shape)}. {Image.MAX_IMAGE_PIXELS:,} pixels each are the limit.")
     return tuple(int(size) for size in (shape if len(shape) == 4 else (*shape, 1)))

@@ -5,10 +5,10 @@ their error bars and the protocol that they hold under, as data, text or a page;
 a model was trained.
 """
 
-from fastcm.evaluation.features import Judge, train_judge
+from fastcm.evaluation.features import Judge, check_judged, train_judge
 from fastcm.evaluation.halves import TrainingJudge
 from fastcm.evaluation.protocol import METRICS, evaluate
 from fastcm.evaluation.samples import Samples, Stream
 from fastcm.evaluation.self_consistency import self_consistency
 
-__all__ = ["METRICS", "Judge", "Samples", "Stream", "TrainingJudge", "evaluate", "self_consistency", "train_judge"]
+__all__ = ["METRICS", "Judge", "Samples", "Stream", "TrainingJudge", "check_judged", "evaluate", "self_consistency", "train_judge"]

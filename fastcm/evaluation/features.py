@@ -107,6 +107,17 @@ def halves(labels: np.ndarray, *, number: int) -> tuple[np.ndarray, np.ndarray]:
     return order[0::2], order[1::2]
 
 
+def check_judged(labels: np.ndarray | None, *, option: str = "the judge") -> int:
+    """The number of classes of labels, int [N], that a judge can learn from; InputError for others. option: what asks for one."""
+    if labels is None:
+        raise InputError(f"unlabelled data with {option}: the judge is a classifier of the data. Leave it out, or give classes.")
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    if classes < 2 or len(labels) < 4 * classes or labels.min() < 0:
+        what = f"too little data for {option}: {len(labels)} images, {classes} classes"
+        raise InputError(f"{what}. The judge is a classifier: give labels of two classes or more, four images of each on average.")
+    return classes
+
+
 def train_judge(
     images: np.ndarray, labels: np.ndarray, *, seed: int = 0, cache: Path | None = None, held_out: np.ndarray | None = None
 ) -> Judge:
@@ -121,10 +132,7 @@ def train_judge(
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
         what = f"wrong images for the judge: {images.dtype} {images.shape}, {len(labels)} labels"
         raise InputError(f"{what}. Give uint8 [N, C, H, W] and N labels.")
-    classes = int(labels.max()) + 1 if len(labels) else 0
-    if classes < 2 or len(images) < 4 * classes or labels.min() < 0:
-        what = f"too little data for the judge: {len(images)} images, {classes} classes"
-        raise InputError(f"{what}. It is a classifier: give labels of two classes or more, four images of each on average.")
+    classes = check_judged(labels)
     if held_out is None:
         fit, reference = (np.sort(half) for half in halves(labels, number=0))
     else:

@@ -56,6 +56,7 @@ def protocol_lines(report: dict) -> list[str]:
     lines = []
     if "data_sha256" in p:
         lines.append(f"data       {p.get('data', 'given')}: {p['data_count']:,} images, sha256 {p['data_sha256'][:16]}")
+        lines += [f"           {note}" for note in p.get("data_notes", ())]
     if "samples" in p:
         lines.append(f"samples    {p['samples']}")
     lines.append(f"pixels     {p['rounding']}")

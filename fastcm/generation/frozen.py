@@ -9,9 +9,15 @@ from fastcm.consistency.denoiser import Coefficients, Denoiser, expand, working_
 from fastcm.networks.blocks import GroupNorm, ScaleShift
 from fastcm.networks.inference import constant, share
 
+# The most that a table of classes may take, and the numbers in the labels of the classes that are embedded together.
+TABLE_BYTES, EMBEDDED_ELEMENTS = 256 << 20, 1 << 22
+
 
 class ClassTable(nn.Module):
-    """A row for each class and a last one for none. labels int64 [B] or None -> the row's pieces, each [B or 1, width, 1, 1]."""
+    """A row for each class and a last one for none. labels int64 [B] or None -> the row's pieces, each [B or 1, width, 1, 1].
+
+    An exported graph gives a label that is no class the row for none, whatever its runtime makes of an index out of range.
+    """
 
     def __init__(self, pieces: list[Tensor]):
         super().__init__()
@@ -19,7 +25,12 @@ class ClassTable(nn.Module):
         self.register_buffer("rows", torch.cat(pieces, dim=1)[:, :, None, None])
 
     def forward(self, labels: Tensor | None) -> tuple[Tensor, ...]:
-        rows = self.rows[-1:] if labels is None else self.rows.index_select(0, labels)
+        if labels is None:
+            return self.rows[-1:].split(self.widths, dim=1)
+        if torch.compiler.is_exporting():
+            none = self.rows.shape[0] - 1
+            labels = torch.where(labels < 0, none, torch.where(labels >= none, none, labels))
+        rows = self.rows.index_select(0, labels)
         return rows.split(self.widths, dim=1)
 
 
@@ -86,9 +97,14 @@ def embedded_blocks(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if hasattr(module, "EMBEDDED")]
 
 
-def can_fold(network: nn.Module) -> bool:
-    """True for networks that offer `embed(c_noise, labels)` and read its result in the EMBEDDED layers of their blocks only."""
-    return hasattr(network, "embed") and bool(embedded_blocks(network))
+def can_fold(network: nn.Module, *, classes: int | None = None) -> bool:
+    """True for networks that offer `embed(c_noise, labels)` and read its result in the EMBEDDED layers of their blocks only.
+
+    False where the table of so many classes would take more than TABLE_BYTES.
+    """
+    blocks = embedded_blocks(network) if hasattr(network, "embed") else []
+    width = sum(block.get_submodule(block.EMBEDDED[1]).out_features for block in blocks)
+    return bool(blocks) and 4 * width * ((classes or 0) + 1) <= TABLE_BYTES
 
 
 @torch.no_grad()
@@ -101,8 +117,9 @@ def fold(network: nn.Module, c_noise: Tensor, *, classes: int | None, worker: nn
     """
     emb = network.embed(c_noise, None)
     if classes:
-        every = torch.arange(classes, device=c_noise.device)
-        emb = torch.cat([network.embed(c_noise.expand(classes), every), emb])
+        # A network may take labels as rows of one number per class: some rows at a time.
+        some = torch.arange(classes, device=c_noise.device).split(max(1, EMBEDDED_ELEMENTS // classes))
+        emb = torch.cat([*(network.embed(c_noise.expand(len(labels)), labels) for labels in some), emb])
     folded, dtype, pieces = share(worker), working_dtype(worker), []
     for block, twin in zip(embedded_blocks(network), embedded_blocks(folded), strict=True):
         conv, layer, norm = (block.get_submodule(name) for name in block.EMBEDDED)
@@ -142,6 +159,6 @@ def freeze(
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     coefficients = denoiser.coefficients(torch.tensor([sigma], dtype=torch.float32, device=device))
     table = None
-    if folded and can_fold(denoiser.network):
+    if folded and can_fold(denoiser.network, classes=classes):
         worker, table = fold(denoiser.network, coefficients.c_noise, classes=classes, worker=worker)
     return FrozenLevel(worker, coefficients, sigma, table).eval()

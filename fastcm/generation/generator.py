@@ -91,7 +91,8 @@ class Generator(EditingTasks):
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         self._lock = threading.Lock()
         elements = CUDA_ELEMENTS if self.device.type == "cuda" else CPU_ELEMENTS
-        fitting = max(1, elements // (self.channels * self.resolution**2))
+        # A network that is not folded may take labels as rows of one number per class.
+        fitting = max(1, elements // max(self.channels * self.resolution**2, len(self.classes or ()) // 256))
         self.batch_size = 1 << (fitting.bit_length() - 1)  # a power of two, so that no CUDA graph of a long job is padded
 
     def _working_copy(self) -> nn.Module:

@@ -91,13 +91,13 @@ def save_png(path: Path, image: Image.Image, *, text: dict[str, str] | None = No
     """Writes a PNG whose text entries (tEXt) are `text`."""
     entries = PngInfo()
     for key, value in (text or {}).items():
-        entries.add_text(key, value)
+        entries.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # a path may hold bytes that are not UTF-8
     write_atomically(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=entries))
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], *, frame_ms: int = 80, text: dict[str, str] | None = None) -> None:
     """Writes an endless animation; its comment holds `text`, a line per entry."""
-    comment = "\n".join(f"{key}: {value}" for key, value in (text or {}).items()).encode()
+    comment = "\n".join(f"{key}: {value}" for key, value in (text or {}).items()).encode("utf-8", "backslashreplace")
 
     def write(temporary: Path) -> None:
         options = {"save_all": True, "append_images": list(frames[1:]), "duration": frame_ms, "loop": 0, "comment": comment}

@@ -6,7 +6,7 @@ from fastcm.errors import InputError, nearest
 from fastcm.networks import patches
 
 # No network has more; a file that asks for millions would keep its reader busy for ever.
-MOST_LEVELS, MOST_BLOCKS = 16, 256
+MOST_LEVELS, MOST_BLOCKS, MAX_CLASSES = 16, 256, 100_000
 
 
 def is_number(value) -> bool:
@@ -53,6 +53,11 @@ def require_tuples(config, names: tuple[str, ...]) -> None:
 def require_choice(config, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     require(value in choices, name, value, f"Choose one of {', '.join(choices)}.{nearest(value, choices)}")
+
+
+def require_classes(config) -> None:
+    require_counts(config, ("num_classes",), optional=True)
+    require((config.num_classes or 0) <= MAX_CLASSES, "num_classes", config.num_classes, f"At most {MAX_CLASSES:,} are supported.")
 
 
 def require_dropout(config) -> None:

@@ -14,6 +14,7 @@ from fastcm.networks.checks import (
     is_number,
     require,
     require_choice,
+    require_classes,
     require_counts,
     require_dropout,
     require_flags,
@@ -57,7 +58,8 @@ class SongUNetConfig:
         require_tuples(self, ("channel_mult", "attention_resolutions", "resample_filter"))
         require_flags(self, ("checkpoint",))
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "channel_mult_emb", "channel_mult_noise", "blocks"))
-        require_counts(self, ("num_classes", "augment_channels"), optional=True)
+        require_counts(self, ("augment_channels",), optional=True)
+        require_classes(self)
         require_dropout(self)
         require_choice(self, "embedding", ("positional", "fourier"))
         require_choice(self, "encoder", ("standard", "skip", "residual"))

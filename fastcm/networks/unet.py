@@ -21,7 +21,7 @@ from fastcm.networks.blocks import (
     upsample,
     zero_init,
 )
-from fastcm.networks.checks import require, require_counts, require_dropout, require_flags, require_levels, require_tuples
+from fastcm.networks.checks import require, require_classes, require_counts, require_dropout, require_flags, require_levels, require_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class UNetConfig:
         require_tuples(self, ("channel_mult", "attention_resolutions"))
         require_flags(self, ("scale_shift_norm", "resblock_updown", "conv_resample", "checkpoint"))
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"))
-        require_counts(self, ("num_heads", "num_classes", "norm_groups", "dropout_resolution"), optional=True)
+        require_counts(self, ("num_heads", "norm_groups", "dropout_resolution"), optional=True)
+        require_classes(self)
         require_dropout(self)
         require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
         require_levels(self)

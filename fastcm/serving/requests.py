@@ -123,6 +123,12 @@ def decoded_picture(fields: dict[str, Any], name: str, generator, *, grey: bool)
         if picture.size != (generator.resolution, generator.resolution):
             found = "x".join(map(str, picture.size))
             raise InputError(f"wrong size in {name}: {found}. The model has {generator.resolution}x{generator.resolution}.")
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            if grey and picture.getextrema()[3][0] < 255:
+                raise InputError(f"transparency in {name}: white is generated, black kept. Send a PNG without an alpha channel.")
+            if generator.channels != 4:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return np.array(picture.convert("L" if grey else MODES[generator.channels]))
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):

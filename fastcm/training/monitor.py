@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from fastcm import evaluation
-from fastcm.errors import InputError
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
 from fastcm.training.run_folder import CONFIG_NAME, RunFolder
@@ -107,10 +106,6 @@ class Monitor:
     def evaluate(self, generator: Generator) -> dict[str, float]:
         """Accuracy and Frechet distance of the current average, judged as `fastcm evaluate` judges; "score" is what best/ minimises."""
         dataset = self.trainer.dataset
-        if dataset.labels is None:
-            raise InputError(
-                "unlabelled data with --evaluate-every: the judge is a classifier of the data. Leave the option out, or give classes."
-            )
         if self.judge is None:
             self.judge = evaluation.TrainingJudge(dataset.images, dataset.labels)
         sampler = "heun" if self.trainer.config.method == "edm" else "consistency"

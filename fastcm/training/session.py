@@ -5,7 +5,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcm.consistency.denoiser import Denoiser
-from fastcm.errors import PeerError, RunError, reason_of
+from fastcm.errors import InputError, PeerError, RunError, reason_of
 from fastcm.generation.generator import Generator
 from fastcm.training.checkpoint import check_room, complete_steps, newest_checkpoint, save_checkpoint
 from fastcm.training.monitor import Monitor
@@ -78,7 +78,7 @@ class Session:
         trainer = self.trainer
         with StopRequest() as self.request, self.monitor if self.folder is not None else contextlib.nullcontext():
             try:
-                trainer.train(log_every_s=LOG_EVERY_S, on_log=self._log, on_step=self._between_steps)
+                trainer.train(log_every_s=LOG_EVERY_S, on_log=self._saving(self._log), on_step=self._saving(self._between_steps))
             except Exception as error:
                 if self.request.signal is None or self.processes.size > 1:
                     raise self._explained(error) from error
@@ -92,12 +92,29 @@ class Session:
         self.processes.barrier()
         return RunResult(self.out / "model", trainer.nimg, trainer.total_nimg, self.signal)
 
+    def _saving(self, call: Callable) -> Callable:
+        """`call`, whose error is raised after a checkpoint was saved: what fails beside the steps must not cost them."""
+
+        def saving(*arguments):
+            try:
+                return call(*arguments)
+            except PeerError:
+                raise
+            except Exception:
+                if self.folder is not None and self.saved_nimg != self.trainer.nimg:
+                    with contextlib.suppress(RunError, OSError):
+                        self._save()
+                raise
+
+        return saving
+
     def _explained(self, error: Exception) -> Exception:
         """The error, with the checkpoint that the run can be taken up from; torch's compiler's as one line."""
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             error = RunError(f"torch.compile failed in --compile: {reason_of(error)}. Use --compile off, or mend what it says.")
         steps = [] if self.folder is None or isinstance(error, PeerError) else complete_steps(self.folder.checkpoints)
-        return type(error)(f"{error} The last checkpoint is step-{steps[-1]:09d}.") if steps and isinstance(error, RunError) else error
+        told = steps and isinstance(error, (RunError, InputError))
+        return type(error)(f"{error} The last checkpoint is step-{steps[-1]:09d}.") if told else error
 
     def _log(self, progress: Progress) -> None:
         self.folder.check_present()
@@ -133,10 +150,13 @@ class Session:
     def _checkpoint(self) -> None:
         self.trainer.check_same()
         if self.folder is not None:
-            self.folder.check_present()
-            parts, state = self.trainer.state()
-            save_checkpoint(self.folder.checkpoints, step=self.trainer.step, parts=parts, state={**state, "best": self.best})
+            self._save()
         self.saved_nimg, self.saved_at = self.trainer.nimg, time.monotonic()
+
+    def _save(self) -> None:
+        self.folder.check_present()
+        parts, state = self.trainer.state()
+        save_checkpoint(self.folder.checkpoints, step=self.trainer.step, parts=parts, state={**state, "best": self.best})
 
     def _evaluate(self) -> None:
         figures = self.monitor.evaluate(self._generator())

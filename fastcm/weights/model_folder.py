@@ -33,13 +33,24 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Writes UTF-8 as `write_json` does."""
+    """Writes UTF-8 as `write_json` does. Bytes of a path that are not UTF-8 become escapes, in JSON's own form, which reads them back."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_path(path: str | Path, where: str) -> None:
+    """InputError for a path with bytes that are not UTF-8: libraries that read and write weights take none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"a path that is not UTF-8 in {where}: {str(path)!r}. Rename the folder or file.") from None
 
 
 def read_json(path: Path) -> dict:
@@ -73,6 +84,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes fp32-as-given contiguous clones, flushed to disk before the file gets its name."""
+    check_path(path, "a file of weights")
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)

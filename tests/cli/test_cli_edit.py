@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     mask[:, 4:] = 255
     Image.fromarray(mask).save("mask.png")
     Image.fromarray(0 * mask).save("black.png")
+    Image.fromarray(np.stack([mask, 255 - mask], axis=-1)).save("holes.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not")
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
     np.save("flat.npy", np.zeros(8))
@@ -115,6 +116,7 @@ def test_interpolate_from_the_command_line(folder):
         (("inpaint", "model", "--image", "small.png", "--box", "4,0,4,4"), "empty rectangle in --box"),
         (("inpaint", "model", "--image", "small.png", "--box", "0,0,9,4"), "outside the picture in --box"),
         (("inpaint", "model", "--image", "small.png", "--mask", "black.png"), "an all-black mask"),
+        (("inpaint", "model", "--image", "small.png", "--mask", "holes.png"), "a mask with transparency in --mask: holes.png"),
         (("inpaint", "model", "--image", "small.png", "--mask", "tiny.png"), "another size in --mask: tiny.png has 2x2"),
         (("inpaint", "model", "--image", "grey.png", "--box", "0,0,4,4"), "greyscale for a colour model in --image: grey.png"),
         (("inpaint", "model", "--image", "none.png", "--box", "0,0,4,4"), "no such file in --image: none.png"),

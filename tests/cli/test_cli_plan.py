@@ -1,7 +1,10 @@
 """What `fastcm train` says of the data, and refuses, before it trains."""
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 from random_pictures import random_pixels, write_folder
 
 from fastcm.cli import main
@@ -35,3 +38,43 @@ def test_the_plan_names_classes_without_pictures(tmp_path, plan):
     assert "6 classes\n         0 3, 3 2, 5 1\n         no picture of 3 classes: 1, 2, 4\n" in told
     np.savez(tmp_path / "y.npz", random_pixels(26, 8, 8), np.r_[np.arange(13), np.full(13, 4)])
     assert "13 classes\n         1 to 14 pictures a class\n" in plan(tmp_path / "y.npz")[1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (None, "unlabelled data with --evaluate-every: the judge is a classifier of the data."),
+        (np.zeros(8, int), "too little data for --evaluate-every: 8 images, 1 classes."),
+        (np.arange(8), "too little data for --evaluate-every: 8 images, 8 classes."),
+    ],
+)
+def test_data_that_no_judge_can_learn_from_are_refused_before_training(tmp_path, plan, labels, words):
+    np.savez(tmp_path / "x.npz", random_pixels(8, 8, 8), *([] if labels is None else [labels]))
+    code, _, told = plan(tmp_path / "x.npz", "--evaluate-every", "1kimg")
+    assert code == 2 and words in told and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_with_bytes_that_are_not_utf8(tmp_path):
+    """Paths may have them: what bears them is written as JSON that reads back to the same bytes, and no temporary file is left."""
+    from fastcm.generation.pictures import save_png
+    from fastcm.weights.model_folder import read_json, write_json
+
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    (tmp_path / name).mkdir()
+    write_json(tmp_path / name / "config.json", {"data": name, "letters": "é"})
+    assert read_json(tmp_path / name / "config.json") == {"data": name, "letters": "é"}
+    assert json.loads((tmp_path / name / "config.json").read_bytes())["data"] == name
+    save_png(tmp_path / name / "x.png", Image.new("L", (8, 8)), text={"fastcm:model": name})
+    assert Image.open(tmp_path / name / "x.png").text["fastcm:model"] == "caf\\udce9"
+    with pytest.raises(TypeError):
+        write_json(tmp_path / name / "y.json", {"x": object()})
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "x.png"]
+
+
+def test_weights_are_not_kept_where_no_library_finds_them(tmp_path, plan, capsys):
+    """Said before anything is trained."""
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    code, _, told = plan("digits", "--out", tmp_path / name)
+    assert code == 2 and "a path that is not UTF-8 in --out: " in told and not (tmp_path / name).exists()
+    assert main(["sample", str(tmp_path / name)]) == 2 and "a path that is not UTF-8 in MODEL: " in capsys.readouterr().err

@@ -12,9 +12,11 @@ from torch import nn
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError, RunError
+from fastcm.generation import frozen
 from fastcm.generation import generator as generator_module
 from fastcm.generation.frozen import can_fold, freeze
 from fastcm.generation.generator import Generator
+from fastcm.networks import blocks
 
 SMALL = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 16, "channel_mult": (1, 2), "blocks": 1}
 SMALL |= {"attention_resolutions": (4,), "head_channels": 16}
@@ -72,6 +74,26 @@ def test_folding_changes_nothing(classes, options):
     other = denoiser(x, torch.full((6,), 2.0), labels)
     assert (other - D_x).abs().max() > 1e-2  # the noise embedding matters, and it is folded for the right level
     assert level.network.input_blocks[0][0].weight is denoiser.network.input_blocks[0][0].weight  # no second copy of the weights
+
+
+@pytest.mark.parametrize("limits", [{"EMBEDDED_ELEMENTS": 30}, {"TABLE_BYTES": 1000}])
+def test_many_classes_take_neither_their_square_nor_a_table_without_bound(limits, monkeypatch):
+    """Classes are embedded some at a time, and those whose table would be too large not ahead of a call."""
+    seen, one_hot = [], blocks.one_hot
+    monkeypatch.setattr(blocks, "one_hot", lambda labels, *more: seen.append(len(labels)) or one_hot(labels, *more))
+    for name, limit in limits.items():
+        monkeypatch.setattr(frozen, name, limit)
+    denoiser = small_denoiser(10)
+    level = freeze(denoiser, 80.0, classes=10)
+    assert seen == ([3, 3, 3, 1] if "EMBEDDED_ELEMENTS" in limits else [])
+    assert (level.table is None) is ("TABLE_BYTES" in limits)
+    x, labels = 80 * torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10)
+    torch.testing.assert_close(level(x, labels), denoiser(x, torch.full((10,), 80.0), labels), rtol=1e-5, atol=1e-5)
+
+
+def test_more_classes_than_are_supported():
+    with pytest.raises(InputError, match=r"illegal value in network.num_classes: 100001. At most 100,000 are supported"):
+        small_denoiser(100_001)
 
 
 def test_a_network_that_cannot_be_folded_runs_unfolded():

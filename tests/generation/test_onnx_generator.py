@@ -180,6 +180,15 @@ def test_inputs_are_checked(path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_label_that_is_no_class_is_none_in_every_runtime(path):
+    """The graph itself, as other programs run it: below -1 and from the number of classes on as -1."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    noise = np.random.default_rng(0).standard_normal((1, 1, 8, 8)).astype(np.float32).repeat(7, axis=0)
+    labels = np.array([-1, -2, -(2**63), 3, 2**62, 0, 2])
+    (images,) = session.run(None, {"noise": noise, "labels": labels})
+    assert np.abs(images[1:5] - images[0]).max() < 1e-6 and np.abs(images[5:] - images[0]).reshape(2, -1).max(1).min() > 1e-2
+
+
 def test_buffers_are_kept_and_results_are_their_own(path):
     generator = OnnxGenerator(path)
     first = generator.run({"noise": np.ones((2, 1, 8, 8), np.float32), "labels": np.array([0, 1])})
