@@ -39,12 +39,8 @@ def add(subparsers) -> None:
     image = "the picture, scaled to the model's size and cut to the centre square; denoise: or float [H, W, C] in [-1, 1] as .npy"
     parser.add_argument("--image", metavar="FILE", type=Path, help=image)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--mask",
-        metavar="FILE",
-        type=Path,
-        help="inpaint: white (128 or more) is generated, no transparency; the picture's or model's size",
-    )
+    white = "inpaint: white (128 or more) is generated; no transparency; the picture's or model's size"
+    where.add_argument("--mask", metavar="FILE", type=Path, help=white)
     where.add_argument("--box", metavar="X0,Y0,X1,Y1", type=box, help="inpaint: the rectangle to generate, in the model's pixels")
     parser.add_argument("--factor", metavar="P", type=int, help=f"superres: the enlargement (default: {FACTOR})")
     parser.add_argument("--sigma", metavar="S", type=float, help="denoise: the noise, in [-1, 1] units; stroke: the first level (5.38)")
