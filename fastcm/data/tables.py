@@ -285,7 +285,8 @@ def pack(table: Table, column: str, cache: Path, key: str) -> Pack:
             _write_pack(table, column, temporary)
             os.replace(temporary, folder)
         except OSError as error:
-            raise image_cache.cannot_write(folder, error) from error
+            if not (folder / "ends.npy").is_file():  # else another process was faster: both made the same pack
+                raise image_cache.cannot_write(folder, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     ends, path = np.load(folder / "ends.npy", allow_pickle=False).tolist(), str(folder / "pictures.bin")
