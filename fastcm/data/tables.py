@@ -180,7 +180,8 @@ def _hub_refusal(error: Exception, source: str) -> Exception:
         return hub.refusal(errors.OfflineModeIsEnabled(), source, option="--data")
     if isinstance(error, ConnectionError | TimeoutError):
         return RunError(f"the hub cannot be reached for --data: {source} ({_line(error)}). Run again: what was fetched is kept.")
-    return InputError(f"not a data set that can be read in --data: {source} ({_line(error)}). Give one of parquet files or pictures.")
+    reason = _line(error.__cause__ or error)  # what lies behind "An error occurred while generating the dataset"
+    return InputError(f"not a data set that can be read in --data: {source} ({reason}). Give one of parquet files or pictures.")
 
 
 def _listed(names: list[str]) -> str:
