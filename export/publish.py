@@ -1,6 +1,7 @@
 """Files that get their names together, after every check, or not at all; and the manifest that says what was checked."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,10 @@ def staging(out: Path, *, option: str) -> Iterator[Path]:
         raise InputError(f"cannot write in {place}: {error.strerror}. Choose another place for {option}.") from None
     try:
         yield folder
+    except OSError as error:
+        if not str(error.filename or folder).startswith(str(folder)):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(out)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -223,6 +223,8 @@ def _described(error: Exception, command: str | None = None) -> tuple[int, str]:
         return EXIT_RUN, f"no space left on the device for {error.filename or 'the output'}. Make room and run the same command again."
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError) and error.filename:
         return EXIT_INPUT, f"{(error.strerror or type(error).__name__).lower()}: {error.filename}. Check the path."
+    if isinstance(error, OSError) and error.filename:
+        return EXIT_RUN, f"{(error.strerror or type(error).__name__).lower()}: {error.filename}. Check the disk and the path."
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's class, named without importing torch
         what = reason_of(error).split(". ")[0] if text else "host memory"
         return EXIT_RUN, f"out of memory: {what}. {LESS_MEMORY.get(command, 'Free some and run it again.')}"

@@ -11,12 +11,13 @@ def write_page(args: argparse.Namespace, measured: Measured, result: dict, world
     """Writes DIR/index.html, complete or absent, and returns its path."""
     from fastcm.evaluation.page import Facts, page
     from fastcm.weights.model_folder import write_text
+    from fastcm.weights.outputs import complete_folder
 
     classes = measured.generator.classes if measured.generator is not None else getattr(measured.dataset, "class_names", None)
     facts = Facts(f"{Path(args.model).name}, evaluated by fastcm", galleries, world.training, classes, run_log(Path(args.model)))
-    args.report.mkdir(exist_ok=True)
-    path = args.report / "index.html"
-    write_text(path, page(result, facts))
+    content, path = page(result, facts), args.report / "index.html"
+    with complete_folder(args.report) as folder:
+        write_text(folder / path.name, content)
     return path
 
 

@@ -1,7 +1,6 @@
 """Images on disk: PNG grids and single PNGs that say how they were made, and .npz files in the field's convention."""
 
 import contextlib
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from fastcm.generation import lettering
+from fastcm.weights.outputs import complete_or_absent
 
 # Images smaller than this are shown enlarged: each pixel becomes a square of whole pixels.
 READABLE_PIXELS = 64
@@ -67,18 +67,6 @@ def grid(
         if captions:
             lettering.write(draw, (x, y + height), captions[index], width)
     return sheet
-
-
-@contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end, so that the file is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -10,6 +10,7 @@ from fastcm.weights.diffusers_scheduler import C_NOISE, CONSISTENCY, VARIANCE_EX
 from fastcm.weights.diffusers_unet import WEIGHTS_STEM, WRITTEN_FOR, read_unet, to_config, to_state
 from fastcm.weights.foreign_file import refuse
 from fastcm.weights.model_folder import read_json, write_json, write_safetensors
+from fastcm.weights.outputs import complete_folder
 
 INDEX_NAME, CONFIG_NAME, SCHEDULER_NAME = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS_NAME = f"unet/{WEIGHTS_STEM}.safetensors"
@@ -111,10 +112,11 @@ def write_diffusers(path: str | Path, denoiser: Denoiser, info: dict) -> None:
         "sigma_max": preconditioning.sigma_max,
         "sigma_min": preconditioning.sigma_min,
     }
-    for name in ("unet", "scheduler"):
-        (path / name).mkdir(parents=True, exist_ok=True)
-    write_safetensors(path / WEIGHTS_NAME, to_state(network))
-    write_json(path / CONFIG_NAME, unet_config)
-    write_json(path / SCHEDULER_NAME, scheduler)
     parts = {"scheduler": ["diffusers", CONSISTENCY], "unet": ["diffusers", "UNet2DModel"]}
-    write_json(path / INDEX_NAME, {"_class_name": "ConsistencyModelPipeline", "_diffusers_version": WRITTEN_FOR, **parts})
+    with complete_folder(path) as new:
+        for name in parts:
+            (new / name).mkdir()
+        write_safetensors(new / WEIGHTS_NAME, to_state(network))
+        write_json(new / CONFIG_NAME, unet_config)
+        write_json(new / SCHEDULER_NAME, scheduler)
+        write_json(new / INDEX_NAME, {"_class_name": "ConsistencyModelPipeline", "_diffusers_version": WRITTEN_FOR, **parts})

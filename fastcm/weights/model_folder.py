@@ -17,6 +17,7 @@ from fastcm.consistency.denoiser import Denoiser, Preconditioning, check_channel
 from fastcm.errors import InputError
 from fastcm.weights.fields import SECTION, TEXT, check_model_fields, field
 from fastcm.weights.model_card import model_card
+from fastcm.weights.outputs import complete_folder, complete_or_absent
 
 FORMAT, VERSION = "fastcm-model", 1
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
@@ -34,15 +35,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Writes UTF-8 as `write_json` does. Bytes of a path that are not UTF-8 become escapes, in JSON's own form, which reads them back."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete_or_absent(path, parents=False) as temporary:
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def check_path(path: str | Path, where: str) -> None:
@@ -85,16 +79,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes fp32-as-given contiguous clones, flushed to disk before the file gets its name."""
     check_path(path, "a file of weights")
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
-    except safetensors.SafetensorError as error:  # the system's own number, as for any other file, where the text has it
-        temporary.unlink(missing_ok=True)
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (errno.EIO, str(error))), str(path)) from error
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with complete_or_absent(path, parents=False) as temporary:
+        try:
+            safetensors.torch.save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        except safetensors.SafetensorError as error:  # the system's own number, as for any other file, where the text has it
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
 def network_config(network: nn.Module) -> dict:
@@ -107,12 +98,11 @@ def network_config(network: nn.Module) -> dict:
 def save_model(folder: Path, denoiser: Denoiser, info: dict, *, state: dict[str, Tensor] | None = None) -> None:
     """Writes a model folder. info: classes, resolution, channels, training, sampling, licence (any may be absent).
     state: the network's state dict where it is not the module's own (an average)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = state if state is not None else denoiser.network.state_dict()
-    write_safetensors(folder / WEIGHTS_NAME, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    config = model_config(denoiser, info)
-    write_text(folder / CARD_NAME, model_card(config))
-    write_json(folder / CONFIG_NAME, config)
+    state, config = state if state is not None else denoiser.network.state_dict(), model_config(denoiser, info)
+    with complete_folder(folder) as new:
+        write_safetensors(new / WEIGHTS_NAME, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+        write_text(new / CARD_NAME, model_card(config))
+        write_json(new / CONFIG_NAME, config)
 
 
 def model_config(denoiser: Denoiser, info: dict) -> dict:

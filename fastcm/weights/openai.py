@@ -1,6 +1,6 @@
 """State dicts of ADM U-Nets in OpenAI's names: consistency_models' own, and the diffusion models of guided-diffusion and iDDPM."""
 
-import os
+import io
 import re
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fastcm.weights.diffusers_scheduler import NAMED_CHAINS, named_chain
 from fastcm.weights.diffusers_unet import VARIANCE
 from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
 from fastcm.weights.model_folder import fill
+from fastcm.weights.outputs import complete_or_absent
 from fastcm.weights.state_dict_file import network_state, read_state_dict
 
 EXPECTED = "an OpenAI checkpoint (.pt)"
@@ -127,12 +128,11 @@ def write_openai(path: str | Path, denoiser: Denoiser, info: dict) -> None:
         raise InputError(
             f"the name of an {form_of(path)} model in {path}: it has the {form} form. Please {rule}: nothing else in the file says it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    torch.save({name: value.detach().float().cpu().contiguous().clone() for name, value in network.state_dict().items()}, temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    state = {name: value.detach().float().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    content = io.BytesIO()  # torch's own writing to a full disk ends in words that name neither
+    torch.save(state, content)
+    with complete_or_absent(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def form_of(path: Path) -> str:
