@@ -49,7 +49,7 @@ def test_every_specialisation_of_the_tests_compiles_with_the_older_triton(older,
     environment = older | {"TRITON_CACHE_DIR": str(tmp_path)}  # what it holds is not assembled: nobody else may find it
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=LONGEST, check=False)
     found = json.loads(result.stdout.strip().splitlines()[-1])
-    assert found["triton"] == OLDER and found["failed"] == {} and found["compiled"] > 300, found
+    assert found["triton"] == OLDER and found["failed"] == {} and found["compiled"] > 400, found
 
 
 @pytest.mark.long
