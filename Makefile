@@ -25,9 +25,9 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/fastcm train
-	$(BIN)/fastcm sample runs/digits --out runs/digits/samples.png
-	$(BIN)/fastcm evaluate runs/digits --data digits
-	$(BIN)/fastcm export runs/digits --onnx runs/digits/digits.onnx
+	$(BIN)/fastcm sample runs/mnist --out runs/mnist/samples.png
+	$(BIN)/fastcm evaluate runs/mnist --data mnist
+	$(BIN)/fastcm export runs/mnist --onnx runs/mnist/mnist.onnx
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
@@ -54,7 +54,7 @@ methods: $(VENV)/installed
 	mkdir -p "$(RESULTS)"
 	$(BIN)/python -m fastcm.benchmarks.quality.methods --json "$(RESULTS)/methods.json"
 
-# The two small models and the pictures of docs/generation.md.
+# The pictures of docs/generation.md, by the shipped model.
 gallery: $(VENV)/installed
 	$(BIN)/python -m fastcm.benchmarks.quality.gallery
 

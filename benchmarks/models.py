@@ -37,6 +37,11 @@ class Model:
         return self.options.get("num_classes")
 
     @property
+    def in_diffusers(self) -> bool:
+        """Whether UNet2DModel has such a network."""
+        return self.kind == "adm" and self.options.get("patch", 1) == 1
+
+    @property
     def preconditioning(self) -> Preconditioning:
         return Preconditioning(c_noise="250 ln sigma" if self.kind == "adm" else "ln sigma / 4")
 
@@ -75,15 +80,16 @@ def randomise(network: nn.Module) -> nn.Module:
     return network
 
 
-def _digits() -> Model:
-    options, training = dict(presets.digits().network), {"cpu": (64, 128), "cuda": (64, 512)}
-    return Model("digits", options.pop("kind"), options, (1, 4, 16, 64), train_batches=training, compiled_on_cpu=True)
+def _of_preset(name: str) -> Model:
+    options, training = dict(presets.preset(name, method=None).network), {"cpu": (64, 128), "cuda": (64, 512)}
+    return Model(name, options.pop("kind"), options, (1, 4, 16, 64), train_batches=training, compiled_on_cpu=True)
 
 
 MODELS = {
     model.name: model
     for model in (
-        _digits(),
+        _of_preset("digits"),
+        _of_preset("mnist"),
         # 8.0 M weights, for colour pictures on a CPU.
         Model(
             "colour32",

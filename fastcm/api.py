@@ -22,14 +22,18 @@ PROGRAMS = {".onnx": "onnx", ".pt2": "aot", ".plan": "plan", ".engine": "plan"}
 FILE_KINDS = {**PROGRAMS, **dict.fromkeys(STATE_DICTS, "openai"), ".pkl": "edm"}
 EXPORTED = frozenset(PROGRAMS.values())
 ENGINE_DEVICES = {"auto", "cuda", "tensorrt", "tensorrt-rtx"}
+BUILT_IN = Path(__file__).parent / "data" / "builtin" / "models"
 MODEL_KINDS = (
     f"a run folder, a model folder, a diffusers folder, an OpenAI {', '.join(STATE_DICTS)}, an EDM .pkl, "
-    "an exported .onnx, .pt2 or .plan, or a model on the hub (hf:owner/name)"
+    "an exported .onnx, .pt2 or .plan, a built-in name (mnist), or a model on the hub (hf:owner/name)"
 )
 
 
 def resolve_model(model: str | Path) -> tuple[str, Path]:
-    """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm" or one of EXPORTED; a run folder stands for its model/."""
+    """Returns (kind, path) of MODEL: "folder", "diffusers", "openai", "edm" or one of EXPORTED; a run folder stands for its model/.
+
+    Where no such path exists, a built-in name stands for the model that is shipped under it, other names for models on the hub.
+    """
     check_given("MODEL", model)
     path = Path(model)
     check_path(path, "MODEL")
@@ -44,18 +48,30 @@ def resolve_model(model: str | Path) -> tuple[str, Path]:
 
 
 def _elsewhere(model: str) -> Path:
-    """What a MODEL that is no path here stands for: a model on the hub, fetched. Raises InputError, RunError."""
+    """What a MODEL that is no path here stands for: a shipped model, or one on the hub, fetched. Raises InputError, RunError."""
+    if model in built_in_models():
+        return BUILT_IN / model
     found = hub.hub_id(model)
     is_bare = not model.startswith(hub.PREFIX)
     if found is None or (is_bare and find_spec("huggingface_hub") is None):
         more = "" if found is None else " A model on the hub needs pip install 'fastcm[hub]'."
-        raise InputError(f"no such file or folder in MODEL: {model}. Give {MODEL_KINDS}.{more}")
+        raise InputError(f"no such file or folder in MODEL: {model}. Give {MODEL_KINDS}.{more}{nearest(model, built_in_models())}")
     try:
         return hub.fetch(found)
     except (InputError, RunError) as error:
         if not is_bare:
             raise
         raise type(error)(f"{error} There is no file or folder {model} here either.") from error
+
+
+def built_in_models() -> list[str]:
+    """The names of the models that are shipped."""
+    return sorted(path.name for path in BUILT_IN.iterdir())
+
+
+def is_built_in(model: str | Path) -> bool:
+    """Whether MODEL means a shipped model: one of their names, where no such path exists."""
+    return str(model) in built_in_models() and not Path(model).exists()
 
 
 def _resolve_folder(path: Path) -> tuple[str, Path]:

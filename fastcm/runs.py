@@ -41,11 +41,16 @@ OPTION_FIELDS = {
 READ_AS = {"duration_kimg": kimg, "checkpoint_every_s": seconds, "evaluate_every_kimg": kimg, "sample_every_kimg": kimg}
 # Settings that say how the data set is read.
 DATA_SETTINGS = ("channels", "labels_file", "image_column", "label_column")
+# Settings of a distillation that the run of its teacher does not share.
+OWN_TO_STUDENT = ("objective.", "optimizer.", "noise.", "duration_kimg", "batch", "microbatch", "init", "evaluate_every_kimg", "sampling")
 PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
 
 
 class Plan(NamedTuple):
-    """A run that is ready to start: everything opened and checked, nothing created. dataset is None in a plan without data."""
+    """A run that is ready to start: everything opened and checked, nothing created. dataset is None in a plan without data.
+
+    first: the run that makes its teacher, where the preset's own is to be distilled.
+    """
 
     config: TrainConfig
     dataset: Dataset | None
@@ -53,6 +58,7 @@ class Plan(NamedTuple):
     network: nn.Module | None
     teacher: tuple[Denoiser, dict] | None
     init: tuple[Denoiser, dict] | None
+    first: "Plan | None" = None
 
 
 def plan(
@@ -87,6 +93,7 @@ def plan(
         if option in changes:
             where = "PRESET" if option == "preset" else f"--{option}"
             raise InputError(f"an option of its own in --set: {option}={shown(changes[option])}. Give it as {where}.")
+    given = dict(changes)
     name = preset or ("folder" if data is not None else presets.DEFAULT)
     own = None if name == "folder" else presets.preset(name, method=method, teacher=teacher)
     teacher_model, init_model = models = tuple(None if path is None else load_denoiser(path) for path in (teacher, changes.get("init")))
@@ -131,15 +138,20 @@ def plan(
     if network is not None:
         check_network(network)
         config = replace(config, network=network_config(network))
-    if complete and config.method in TAUGHT_METHODS and teacher is None:
-        raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
-    if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
-        raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
     usual = presets.preset(name, method=None, **({"dataset": dataset, "data": label} if own is None else {})).method
     default_out = Path("runs") / (name if config.method == usual else f"{name}-{config.method}")
-    out = Path(out) if out is not None else default_out
+    out, first = Path(out) if out is not None else default_out, None
     check_path(out, "--out")
-    return Plan(config, dataset, out, network, *models)
+    if config.method in TAUGHT_METHODS and teacher is None:
+        if name in presets.TEACH_THEMSELVES and network is None:
+            shared = {field: value for field, value in given.items() if not field.startswith(OWN_TO_STUDENT)}
+            first = plan(name, method="edm", data=data, out=out.with_name(f"{out.name}-edm"), changes=shared)
+            config = replace(config, teacher=str(first.out))
+        elif complete:
+            raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
+    if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
+        raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
+    return Plan(config, dataset, out, network, *models, first)
 
 
 def _text(name: str, value: Any) -> Any:
@@ -187,8 +199,13 @@ def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
 def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None = None, logs: Sequence[RunLog] | None = None) -> RunResult:
     """Trains, or resumes what stands in the plan's folder; with `processes`, together with the other ones that call this.
 
-    logs: what receives the run's figures; None for TensorBoard where it is installed.
+    A plan with a `first` trains that one before, and distils what it left. logs: what receives the run's figures; None for TensorBoard where it is installed.
     """
+    if ready.first is not None:
+        result = start(ready.first, callbacks=callbacks, processes=processes, logs=logs)
+        if result.signal is not None:
+            return result
+        ready = ready._replace(teacher=load_denoiser(ready.first.out), first=None)
     return run(
         ready.config,
         ready.out,
@@ -217,7 +234,7 @@ def train(
 ) -> Generator:
     """Trains a model, or resumes the same call, and returns its generator.
 
-    preset: a name of fastcm.presets; digits where neither it nor data is given, folder where only data is. network: any nn.Module
+    preset: a name of fastcm.presets; mnist where neither it nor data is given, folder where only data is. network: any nn.Module
     F(x, c_noise, labels) with x fp32 [B, C, H, W], c_noise fp32 [B], labels int64 [B] or None, that returns the shape of x; or settings of
     the preset's own network, dict(channels=48). data: what --data takes, an array uint8 [N, H, W, C], or (array, labels). config: a file of
     settings. log: what --log takes, or objects with the methods of `training.run_logs.RunLog`. callbacks: called as

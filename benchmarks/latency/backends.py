@@ -153,8 +153,9 @@ def diffusers(job: Job) -> Start:
     """ConsistencyModelPipeline with the weights through fastcm's converter; one generator per batch and tensors out, its fastest form."""
     from fastcm.weights.diffusers import write_diffusers
 
-    if job.model.kind != "adm":
-        raise UnavailableError(f"diffusers has no {job.model.kind} network")
+    if not job.model.in_diffusers:
+        what = f"{job.model.kind} network" if job.model.kind != "adm" else "network on patches"
+        raise UnavailableError(f"diffusers has no {what}")
     if importlib.util.find_spec("diffusers") is None:
         raise UnavailableError("diffusers is not installed")
     try:

@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def default_models(device: torch.device, quick: bool) -> list[str]:
     if quick:
-        return ["digits", "colour32"]
+        return ["digits", "mnist", "colour32"]
     return [name for name, model in MODELS.items() if device.type == "cuda" or model.cpu_batches]
 
 

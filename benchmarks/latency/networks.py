@@ -21,8 +21,7 @@ from fastcm.errors import InputError
 
 IDENTITY = ("bench", "model", "batch", "backend")
 BACKENDS = ("fastcm", "diffusers", "diffusers_channels_last")
-# diffusers has no other kind of network.
-ADM = {name: model for name, model in MODELS.items() if model.kind == "adm"}
+ADM = {name: model for name, model in MODELS.items() if model.in_diffusers}
 QUICK = ("digits", "colour32")
 LARGE = "imagenet64"
 WRITERS = ("fastcm", "diffusers", "openai")  # the formats of load rows

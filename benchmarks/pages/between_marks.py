@@ -57,6 +57,21 @@ TABLES = {
         lambda row: row["op"] == "open",
         {"pictures in the cache": field("pictures", "{:,}"), "to the first batch, ms": field("p50_ms", "{:.0f}")},
     ),
+    "sizes": PageTable(
+        "docs/training.md",
+        "sizes-*.json",
+        lambda row: True,
+        {
+            "pixels": field("resolution"),
+            "patch": field("patch"),
+            "places a side, by level": lambda row: ", ".join(map(str, row["levels"])),
+            "channels": field("channels"),
+            "weights": lambda row: f"{row['parameters'] / 1e6:.2g} M",
+            "memory of a step": field("memory_gb", "{:.2g} GB"),
+            "images/s": field("images_per_s", "{:.3g}"),
+            "the default run": lambda row: f"{row['kimg']:g} kimg, {row['hours']:.2g} h",
+        },
+    ),
     "long jobs": PageTable(
         "docs/generation.md",
         "generation-*.json",

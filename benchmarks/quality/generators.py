@@ -1,7 +1,7 @@
-"""How good the digits get: trains every method by the public commands, evaluates each, and writes rows, README table and picture.
+"""How good mnist and the digits get: trains by the public commands, evaluates each model, the shipped one too, and writes rows and tables.
 
 `python -m fastcm.benchmarks.quality.generators --json OUT` trains into runs/ (what is there is resumed or reused) and measures;
-`--readme` puts the committed rows into README.md, `--docs` those of the search into docs/evaluation.md.
+`--tables` puts the committed rows into README.md (mnist) and docs/evaluation.md (digits), `--docs` those of the search into the latter.
 """
 
 import argparse
@@ -12,21 +12,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastcm.api import load_denoiser
 from fastcm.benchmarks.results_file import ResultsFile, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = ("bench", "model", "training", "sampling")
 TEACHER = "runs/digits-edm"
-# What is trained, by name: the run's folder and the arguments of `fastcm train`.
+# What is measured, by data set and name: MODEL and the arguments of `fastcm train`, None where nothing is trained.
 TRAININGS = {
-    "ict": ("runs/digits", ""),
-    "edm teacher": (TEACHER, "digits --method edm"),
-    "cd, Heun": ("runs/digits-cd", f"digits --method cd --teacher {TEACHER}"),
-    "cd, Euler": (
+    ("mnist", "shipped model"): ("mnist", None),
+    ("mnist", "`make demo`"): ("runs/mnist", "mnist"),
+    ("mnist", "its teacher, edm"): ("runs/mnist-edm", "mnist --method edm"),
+    ("digits", "ict"): ("runs/digits", "digits"),
+    ("digits", "edm teacher"): (TEACHER, "digits --method edm"),
+    ("digits", "cd, Heun"): ("runs/digits-cd", f"digits --method cd --teacher {TEACHER}"),
+    ("digits", "cd, Euler"): (
         "runs/digits-cd-euler",
         f"digits --method cd --teacher {TEACHER} --set objective.solver=euler --out runs/digits-cd-euler",
     ),
 }
+PAGES = {"mnist": ROOT / "README.md", "digits": ROOT / "docs" / "evaluation.md"}
 MARK, SEARCH_MARK = "<!-- quality -->", "<!-- search -->"
 # The search of noise levels, on a model that was trained for less than its preset says: a third of the time, where steps matter more.
 SEARCHED, SEARCH_STEPS = "runs/digits-60kimg", 3
@@ -36,37 +41,41 @@ SEARCH_TRAINING = f"digits --duration 60kimg --out {SEARCHED}"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastcm.benchmarks.quality.generators", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="OUT", help="where the rows go; measured rows are kept")
-    parser.add_argument("--only", choices=[*TRAININGS, "search"], help="one training alone, or the search of noise levels")
-    parser.add_argument("--readme", type=Path, metavar="RESULTS", help="write the table of this file into README.md, and measure nothing")
+    parser.add_argument("--only", choices=[*PAGES, "search"], help="the models of one data set, or the search of noise levels")
+    parser.add_argument("--tables", type=Path, metavar="RESULTS", help="write this file's tables into their pages; measures nothing")
     parser.add_argument("--docs", type=Path, metavar="RESULTS", help="write the search of this file into docs/evaluation.md")
     args = parser.parse_args(argv)
     if args.docs is not None:
         results = json.loads(args.docs.read_text(encoding="utf-8"))
         put_table(ROOT / "docs" / "evaluation.md", search_table(results), mark=SEARCH_MARK)
         return 0
-    if args.readme is not None:
-        put_table(ROOT / "README.md", table(json.loads(args.readme.read_text(encoding="utf-8"))))
+    if args.tables is not None:
+        results = json.loads(args.tables.read_text(encoding="utf-8"))
+        for data in {row["model"] for row in results["rows"] if row["bench"] == "quality"}:
+            put_table(PAGES[data], table(results, data))
         return 0
     file = ResultsFile(args.json, identity=IDENTITY)
-    for name, (folder, arguments) in TRAININGS.items():
-        if args.only in (None, name):
-            file.add(*measure(name, folder, arguments))
+    for (data, name), (model, arguments) in TRAININGS.items():
+        if args.only in (None, data):
+            file.add(*measure(data, name, model, arguments))
     if args.only in (None, "search"):
         file.add(*measure_search())
     return 0
 
 
-def measure(name: str, folder: str, arguments: str) -> list[Row]:
-    """Trains one run and returns a row per number of network calls, and one of the real images."""
-    train = f"fastcm train {arguments}".strip()
-    call(train)
-    out = Path(folder) / "evaluation.json"
-    evaluate = f"fastcm evaluate {folder} --data digits --json {out}"
-    call(evaluate)
+def measure(data: str, name: str, model: str, arguments: str | None) -> list[Row]:
+    """Trains what is to be trained and returns a row per number of network calls, and one of the real images."""
+    evaluate = f"fastcm evaluate {model} --data {data}"
+    command = evaluate if arguments is None else f"fastcm train {arguments} && {evaluate}"
+    if arguments is not None:
+        call(f"fastcm train {arguments}")
+    out = Path("runs") / f"evaluation-{Path(model).name}.json"
+    out.parent.mkdir(exist_ok=True)
+    call(f"{evaluate} --json {out}")
     report = json.loads(out.read_text(encoding="utf-8"))
-    kimg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["duration_kimg"]
-    shared = {"bench": "quality", "model": "digits", "command": f"{train} && fastcm evaluate {folder} --data digits"}
-    own = {**shared, "training": name, "kimg": kimg}
+    _, info = load_denoiser(model)
+    shared = {"bench": "quality", "model": data, "command": command}
+    own = {**shared, "training": name, "kimg": info["training"]["nimg"] / 1000}
     rows = [{**own, "sampling": row["name"], "nfe": row["nfe"], **figures(row)} for row in report["sets"]]
     real = report["sets"][0]
     return [
@@ -143,13 +152,13 @@ def machine_line(machine: dict) -> str:
     return f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
 
 
-def table(results: dict) -> str:
-    """Markdown: one line per training and number of calls, then the machine."""
+def table(results: dict, data: str) -> str:
+    """Markdown of a data set's rows: one line per training and number of calls, then the machine."""
     lines = [
         "| trained by | calls | recognised | Fréchet distance | times real | balanced, times real | nearest training image | images seen |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for row in (row for row in results["rows"] if row["bench"] == "quality"):
+    for row in (row for row in results["rows"] if row["bench"] == "quality" and row["model"] == data):
         seen = f"{row['kimg']:g} kimg" if "kimg" in row else ""
         distance = f"{row['fd_mean']:.2f} ± {row['fd_std']:.2f}"
         lines.append(

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from fastcm import presets
-from fastcm.benchmarks.models import Model
+from fastcm.benchmarks.models import MODELS, Model
 from fastcm.benchmarks.training.published_step import PublishedStep
 from fastcm.benchmarks.training.step_split import Clock, marked, split_step
 from fastcm.data.dataset import Dataset, open_dataset
+from fastcm.data.sources import BUILT_IN
 from fastcm.training.captured_step import WARM_UP
 from fastcm.training.config import OptimizerConfig, TrainConfig
 from fastcm.training.parallel import Processes
@@ -82,8 +83,8 @@ class Backend:
 
 
 def dataset(model: Model) -> Dataset:
-    if model.name == "digits" and model.resolution == 8:
-        return open_dataset("digits")
+    if model.name in BUILT_IN and model.resolution == MODELS[model.name].resolution:
+        return open_dataset(model.name).for_training()
     return random_pictures(model.resolution, model.channels, model.classes)
 
 

@@ -124,7 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def default_models(device: torch.device, quick: bool) -> list[str]:
     if quick:
-        return ["digits"]
+        return ["digits", "mnist"]
     jobs = [(name, model, model.train_batches[device.type][0]) for name, model in MODELS.items() if device.type in model.train_batches]
     return [name for name, model, batch in jobs if device.type == "cuda" or PASSES * forward_flops(model) * batch < UNASKED_FLOP]
 

@@ -16,6 +16,7 @@ NAMES = {
 }
 NETWORKS = {
     "digits": "digits, 8x8",
+    "mnist": "mnist, 28x28 on patches",
     "colour32": "colour, 32x32",
     "cifar10": "CIFAR-10 DDPM++",
     "imagenet64": "ImageNet-64 ADM",

@@ -223,7 +223,8 @@ def data_facts(args: argparse.Namespace, measured: Measured) -> dict:
         return {"data": str(args.reference)}
     rule = "cropped to a square, halved by box and reduced by bicubic filter"
     dataset = measured.dataset
-    return {"data": args.data, "data_fingerprint": dataset.fingerprint, "data_resize": rule, "data_notes": list(dataset.notes)}
+    facts = {"data": args.data, "data_fingerprint": dataset.fingerprint, "data_resize": rule, "data_notes": list(dataset.notes)}
+    return facts if measured.held_out is None else {**facts, "data_held_out": len(measured.held_out)}
 
 
 def write_results(args: argparse.Namespace, measured: Measured, result: dict, world, galleries: dict | None) -> None:

@@ -84,6 +84,8 @@ def config_path(args: argparse.Namespace) -> Path:
     from fastcm import api
 
     kind, path = api.resolve_model(args.model)
+    if api.is_built_in(args.model):
+        raise InputError(f"a shipped model for --save: {args.model}. Copy it first: fastcm convert {args.model} DIR.")
     if kind != "folder":
         raise InputError(f"a model of another format for --save: {args.model}. Convert it first: fastcm convert {args.model} DIR.")
     return path / "config.json"

@@ -44,7 +44,10 @@ def batch_list(text: str) -> tuple[int, ...]:
 
 
 def output_path(onnx: str | None, model: Path, plan: str | None = None) -> Path:
-    """Where the file goes: --onnx's value, else model.onnx in the model's folder or beside its file, or beside the plan."""
+    """Where the file goes: --onnx's value, else model.onnx in the model's folder or beside its file, or beside the plan.
+
+    A built-in model's file goes to the current folder.
+    """
     if plan is not None and not onnx:
         return Path(plan).with_suffix(".onnx")
     if onnx is None:

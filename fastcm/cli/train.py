@@ -15,7 +15,7 @@ SCHEDULE_ROWS, SHOWN_CLASSES = 8, 12
 def add(subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a model, or resume the run", description=__doc__)
     parser.add_argument(
-        "preset", nargs="?", metavar="PRESET", help="a run of docs/presets.md, as imagenet64; digits by default, folder with --data"
+        "preset", nargs="?", metavar="PRESET", help="a run of docs/presets.md, as imagenet64; mnist by default, folder with --data"
     )
     parser.add_argument(
         "--method",
@@ -56,7 +56,7 @@ def add(subparsers) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """`--data` and how it is read."""
-    kinds = "a folder, zip, .npz, .npy, IDX, .parquet, hf:owner/name, CIFAR-10, SVHN, tar shards, digits, emoji32"
+    kinds = "a folder, zip, .npz, .npy, IDX, .parquet, hf:owner/name, CIFAR-10, SVHN, tar shards, mnist, digits, emoji32"
     parser.add_argument("--data", metavar="SRC", help=f"pictures: {kinds} (docs/data.md)")
     labels = "classes for --data: CSV or JSON (labels.csv beside the pictures is found), beside arrays IDX, .npy or .npz"
     parser.add_argument("--labels-file", metavar="FILE", help=labels)
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             if args.dry_run:
                 print_schedule(ready.config)
                 print_memory(replace(ready.config, batch=processes.share(ready.config.batch)))
+                print_time(ready, processes)
                 print(json.dumps(ready.config.as_dict(), indent=1))
         if args.dry_run:
             return 0
@@ -156,6 +157,9 @@ def print_plan(ready) -> None:
         for line in [*dataset.notes, *class_lines(dataset)]:
             print(f"         {line}")
     optimizer = f"{config.optimizer.kind} {config.optimizer.lr:g}"
+    if ready.first is not None:
+        first = ready.first.config
+        print(f"first    its teacher: {first.method}, {first.duration_kimg:g} kimg in batches of {first.batch}, in {ready.first.out}")
     print(f"method   {config.method}, {config.duration_kimg:g} kimg in batches of {config.batch}, {optimizer}")
     network = {name: value for name, value in config.network.items() if name not in ("in_channels", "out_channels")}
     print(f"network  {' '.join(f'{name}={value}' for name, value in network.items())}")
@@ -207,3 +211,26 @@ def print_memory(config) -> None:
 
     for name, size in estimate(config).items():
         print(f"memory   {name:<22}{size / 1e6:14,.1f} MB")
+
+
+LARGE_WEIGHTS = 50_000_000  # from here on a step is too long to be tried on a CPU
+
+
+def print_time(ready, processes) -> None:
+    """How long the run will take here, its teacher's included, by a few of its passes; and what to turn for more quality."""
+    from fastcm import networks
+    from fastcm.generation.generator import choose_device
+    from fastcm.training.speed import images_per_s
+
+    config, hours = ready.config, 0.0
+    if choose_device(config.device).type == "cpu" and networks.parameter_count(config.network) > LARGE_WEIGHTS:
+        print("time     not measured: a network of this size needs a GPU")
+        return
+    for each in (config, ready.first and ready.first.config):
+        if each is not None:
+            speed = images_per_s(replace(each, batch=processes.share(each.batch))) * processes.size
+            hours += each.duration_kimg * 1000 / speed / 3600
+            print(f"speed    {each.method} {speed:.3g} images/s in a few passes; an hour is --duration {speed * 3.6:.0f}kimg")
+    shown = f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.0f} hours" if hours < 72 else f"{hours / 24:.0f} days"
+    print(f"time     about {shown} here")
+    print("quality  train longer first (--duration), then widen the network (--set network.channels=N), then --set network.blocks=2")

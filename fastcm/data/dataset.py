@@ -98,7 +98,10 @@ class Dataset:
         """Without the pictures that are held out. Raises InputError where all are."""
         if self.held_out == len(self):
             raise InputError(f"held-out pictures in --data: {self.name}. They are kept to measure against: train on the rest of the set.")
-        return self.subset(slice(len(self) - self.held_out)) if self.held_out else self
+        if not self.held_out:
+            return self
+        kept = f"{self.held_out:,} more are held out, to measure against"
+        return replace(self.subset(slice(len(self) - self.held_out)), notes=(*self.notes, kept))
 
     def subset(self, index: slice | Sequence[int] | np.ndarray) -> "Dataset":
         """The rows that `index` names, in its order: a view for a slice or a streamed set, a copy in memory for a list of rows."""

@@ -55,7 +55,8 @@ def protocol_lines(report: dict) -> list[str]:
     p, first = report["protocol"], report["sets"][0]
     lines = []
     if "data_sha256" in p:
-        lines.append(f"data       {p.get('data', 'given')}: {p['data_count']:,} images, sha256 {p['data_sha256'][:16]}")
+        held_out = f", {p['data_held_out']:,} of them held out from training" if "data_held_out" in p else ""
+        lines.append(f"data       {p.get('data', 'given')}: {p['data_count']:,} images{held_out}, sha256 {p['data_sha256'][:16]}")
         lines += [f"           {note}" for note in p.get("data_notes", ())]
     if "samples" in p:
         lines.append(f"samples    {p['samples']}")

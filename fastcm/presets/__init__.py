@@ -16,9 +16,11 @@ from fastcm.presets.own import digits, emoji32, emoji32_large, folder, mnist
 from fastcm.presets.settings import ema_halflife_kimg, noise, objective
 from fastcm.training.config import TrainConfig
 
-__all__ = ["DEFAULT", "PRESETS", "digits", "ema_halflife_kimg", "folder", "noise", "objective", "preset"]
+__all__ = ["DEFAULT", "PRESETS", "TEACH_THEMSELVES", "digits", "ema_halflife_kimg", "folder", "noise", "objective", "preset"]
 
-DEFAULT = "digits"
+DEFAULT = "mnist"
+# Where a method needs a teacher and none is named, the same command first trains one: the preset's own edm run.
+TEACH_THEMSELVES = ("mnist", "folder")
 
 PRESETS: dict[str, Callable[..., TrainConfig]] = {
     "mnist": mnist,

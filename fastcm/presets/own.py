@@ -1,19 +1,37 @@
 """This project's own runs: the built-in data sets, and a user's pictures."""
 
 from dataclasses import replace
+from typing import Any
 
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.data.dataset import Dataset
 from fastcm.presets.settings import check_method, noise, objective
 from fastcm.training.config import METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
 
+LOWEST_SIDE = 8  # levels are added until one has at most so many places a side
+
+
+def mnist(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """8,000 digits of MNIST, 28x28 pixels by class, on 2x2 patches: minutes on two CPU cores. Source: this project's own runs."""
+    check_method("mnist", method, METHODS)
+    return TrainConfig(
+        preset="mnist",
+        method=method,
+        data=data or "mnist",
+        network=patch_network(28, channels=1, classes=10, width=32),
+        noise=own_noise(method),
+        objective=own_objective(method),
+        optimizer=own_optimizer(),
+        duration_kimg=120.0,
+        batch=64,
+        resolution=28,
+        teacher=teacher,
+        precision="fp32",
+    )
+
 
 def digits(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
-    """The 1,797 real 8x8 digits of scikit-learn by class, minutes on two CPU cores. Source: this project's own runs.
-
-    Beside the published losses: levels drawn higher (in one step all of the image is made at the highest ones) and fewer of them, and a
-    learning rate and betas for thousands of steps rather than hundreds of thousands.
-    """
+    """The 1,797 real 8x8 digits of scikit-learn by class, minutes on two CPU cores. Source: this project's own runs."""
     check_method("digits", method, METHODS)
     network = {
         "kind": "adm",
@@ -28,26 +46,14 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
         "num_classes": 10,
         "resblock_updown": False,
     }
-    optimizer = OptimizerConfig(kind="radam", lr=2e-3, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(30.0,), ema_rampup=0.1)
-    loss = objective(method)
-    if method == "ict":
-        loss = replace(loss, P_mean=0.6, P_std=1.8, s1=40)
-    if method == "cd":  # iCT's distance, weight and pairs, which need fewer steps than l2 here
-        loss = replace(loss, distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=0.6, P_std=1.8)
-    if method in ("ect", "scd", "sct"):
-        loss = replace(loss, P_mean=0.6, P_std=1.8)
-    if method == "sct":
-        loss = replace(loss, tangent_warmup_kimg=20.0)
-    if method == "scd":
-        loss = replace(smoothed(loss), tangent_warmup_kimg=4.0)
     return TrainConfig(
         preset="digits",
         method=method,
         data=data or "digits",
         network=network,
         noise=own_noise(method),
-        objective=loss,
-        optimizer=optimizer,
+        objective=own_objective(method, P_std=1.8),
+        optimizer=own_optimizer(lr=2e-3),
         duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0),
         batch=64,
         resolution=8,
@@ -56,49 +62,26 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
     )
 
 
-def mnist(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
-    """8,000 digits of MNIST, 28x28 pixels by class, on 2x2 patches: minutes on two CPU cores. Source: this project's own runs."""
-    check_method("mnist", method, METHODS)
-    network = {
-        "kind": "adm",
-        "resolution": 28,
-        "in_channels": 1,
-        "out_channels": 1,
-        "patch": 2,
-        "channels": 32,
-        "channel_mult": (1, 2),
-        "blocks": 1,
-        "attention_resolutions": (7,),
-        "head_channels": 32,
-        "num_classes": 10,
-        "resblock_updown": False,
-    }
-    optimizer = OptimizerConfig(kind="radam", lr=1e-3, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(30.0,), ema_rampup=0.1)
-    loss = objective(method)
-    if method == "ict":
-        loss = replace(loss, P_mean=0.6, P_std=2.0, s1=40)
-    if method == "cd":
-        loss = replace(loss, distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=0.6, P_std=2.0)
-    if method in ("ect", "scd", "sct"):
-        loss = replace(loss, P_mean=0.6, P_std=2.0)
-    if method == "sct":
-        loss = replace(loss, tangent_warmup_kimg=20.0)
-    if method == "scd":
-        loss = replace(smoothed(loss), tangent_warmup_kimg=4.0)
-    return TrainConfig(
-        preset="mnist",
-        method=method,
-        data=data or "mnist",
-        network=network,
-        noise=own_noise(method),
-        objective=loss,
-        optimizer=optimizer,
-        duration_kimg=300.0,
-        batch=64,
-        resolution=28,
-        teacher=teacher,
-        precision=own_precision(method),
-    )
+def own_objective(method: str, *, P_std: float = 2.0) -> ObjectiveConfig:
+    """The method's loss for runs of hundreds of thousands of images rather than hundreds of millions.
+
+    Beside the published losses: levels drawn higher (in one step all of the image is made at the highest ones) and fewer of them.
+    """
+    changes = {
+        "ict": {"s1": 40},
+        # iCT's distance, weight and pairs, which need fewer steps than l2 here.
+        "cd": {"distance": "pseudo_huber", "loss_weight": "1/gap", "pairs": "log-normal"},
+        "sct": {"tangent_warmup_kimg": 20.0},
+        # An ADM teacher's scd: a difference over 5 % of sigma in place of the derivative, which is mostly noise in 250 ln sigma.
+        "scd": {"tangent": "finite-difference", "tangent_step": 0.05, "tangent_warmup_kimg": 4.0},
+    }.get(method, {})
+    levels = {} if method in ("edm", "ct") else {"P_mean": 0.6, "P_std": P_std}
+    return replace(objective(method), **levels, **changes)
+
+
+def own_optimizer(lr: float = 1e-3) -> OptimizerConfig:
+    """A learning rate and betas for thousands of steps rather than hundreds of thousands, and an average that widens with the run."""
+    return OptimizerConfig(kind="radam", lr=lr, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(30.0,), ema_rampup=0.1)
 
 
 def own_noise(method: str) -> Preconditioning:
@@ -106,52 +89,49 @@ def own_noise(method: str) -> Preconditioning:
     return noise("edm") if method == "scd" else noise(method)
 
 
-def smoothed(loss: ObjectiveConfig) -> ObjectiveConfig:
-    """scd of an ADM teacher: a difference over 5 % of sigma in place of the derivative, which is mostly noise in 250 ln sigma."""
-    return replace(loss, tangent="finite-difference", tangent_step=0.05)
-
-
 def own_precision(method: str) -> str:
     """A difference needs fp32."""
     return "fp32" if method == "scd" else "auto"
 
 
-def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
-    """1,432 emoji of 32x32 pixels in colour, unconditional, on a network of 1.2 M weights for two CPU cores. Source: this project's own.
+def patch_network(resolution: int, *, channels: int, classes: int | None, width: int, blocks: int = 1) -> dict[str, Any]:
+    """An ADM network whose first level has at most 64 places a side, its lowest one 4 to 8, where it attends.
 
-    The settings are those of digits with wider levels of noise, for four times the resolution; they have not been searched.
+    Patches of 2 beyond 16 pixels, of 4 beyond 64, of 8 beyond 256; sizes that do not halve evenly are padded inside the network.
     """
-    check_method("emoji32", method, ("edm", "cd", "ict", "ect"))
-    network = {
+    patch = 1 if resolution <= 16 else 2 if resolution <= 64 else 4 if resolution <= 256 else 8
+    side, levels = -(-resolution // patch), 1
+    while -(-side // 2 ** (levels - 1)) > LOWEST_SIDE or (levels == 1 and side >= LOWEST_SIDE):
+        levels += 1
+    lowest = -(-side // 2 ** (levels - 1))
+    return {
         "kind": "adm",
-        "resolution": 32,
-        "in_channels": 3,
-        "out_channels": 3,
-        "channels": 32,
-        "channel_mult": (1, 2, 2),
-        "blocks": 1,
-        "attention_resolutions": (8,),
+        "resolution": resolution,
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch": patch,
+        "channels": width,
+        "channel_mult": (1, 2, 2, 2, 2, 2)[:levels],
+        "blocks": blocks,
+        "attention_resolutions": (lowest,),
         "head_channels": 32,
-        "num_classes": None,
+        "num_classes": classes,
         "resblock_updown": False,
     }
-    optimizer = OptimizerConfig(kind="radam", lr=1e-3, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(20.0,), ema_rampup=0.1)
-    loss = objective(method)
-    if method == "ict":
-        loss = replace(loss, P_mean=0.6, P_std=2.0, s1=40)
-    if method == "cd":
-        loss = replace(loss, distance="pseudo_huber", loss_weight="1/gap", pairs="log-normal", P_mean=0.6, P_std=2.0)
-    if method == "ect":
-        loss = replace(loss, P_mean=0.6, P_std=2.0)
+
+
+def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """1,432 emoji of 32x32 pixels in colour, unconditional, on 2x2 patches. Source: this project's own; not searched."""
+    check_method("emoji32", method, ("edm", "cd", "ict", "ect"))
     return TrainConfig(
         preset="emoji32",
         method=method,
         data=data or "emoji32",
-        network=network,
+        network=patch_network(32, channels=3, classes=None, width=64),
         noise=noise(method),
-        objective=loss,
-        optimizer=optimizer,
-        duration_kimg=128.0,
+        objective=own_objective(method),
+        optimizer=own_optimizer(),
+        duration_kimg=400.0,
         batch=64,
         resolution=32,
         teacher=teacher,
@@ -197,36 +177,27 @@ def emoji32_large(method: str = "ict", *, teacher: str | None = None, data: str 
 
 
 def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | None = None) -> TrainConfig:
-    """A user's own pictures: resolution, channels and classes from the data, width by resolution."""
+    """A user's own pictures: resolution, channels and classes from the data, the network by `patch_network`.
+
+    The width follows the resolution and the number of pictures; losses and optimizer are mnist's, for runs of an hour on two cores as
+    well as for longer ones: the average widens and the learning rate falls with the run's length.
+    """
     check_method("folder", method, METHODS)
-    resolution = dataset.resolution
-    levels = max(1, min(4, (resolution & -resolution).bit_length() - 3))  # halve down to 8 pixels, as far as the size divides
-    width = 32 if resolution <= 16 else 64 if resolution <= 32 else 128
-    network = {
-        "kind": "adm",
-        "resolution": resolution,
-        "in_channels": dataset.channels,
-        "out_channels": dataset.channels,
-        "channels": width,
-        "channel_mult": (1, 2, 2, 2)[:levels],
-        "blocks": 1 if resolution <= 16 else 2,
-        "head_channels": 32,
-        "attention_resolutions": tuple(resolution >> level for level in range(1, levels) if resolution >> level <= 16),
-        "num_classes": len(dataset.class_names) if dataset.class_names else None,
-    }
-    optimizer = OptimizerConfig(kind="radam", lr=4e-4, ema_halflife_kimg=(500.0,))
+    resolution, many = dataset.resolution, len(dataset) >= 50_000
+    width = (64 if many else 32) if resolution <= 32 else (96 if many else 64)
+    classes = len(dataset.class_names) if dataset.class_names else None
     return TrainConfig(
         preset="folder",
         method=method,
         data=data,
-        network=network,
+        network=patch_network(resolution, channels=dataset.channels, classes=classes, width=width),
         noise=own_noise(method),
-        objective=smoothed(objective(method)) if method == "scd" else objective(method),
-        optimizer=optimizer,
-        duration_kimg=5000.0,
-        batch=128,
+        objective=own_objective(method),
+        optimizer=replace(own_optimizer(), ema_halflife_kimg=(500.0,)),
+        duration_kimg=400.0 if resolution <= 64 else 1000.0,
+        batch=64,
         resolution=resolution,
         teacher=teacher,
-        sample_every_kimg=100.0,
+        sample_every_kimg=20.0,
         precision=own_precision(method),
     )

@@ -40,12 +40,10 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     counted: CUDA's context, the libraries' workspaces, rounding by the allocator. Allocates next to nothing, also for large networks.
     """
     device = choose_device(config.device)
-    distance = _feature_distance(config)
-    distance = None if distance is None else distance.to(device)
     with FakeTensorMode(allow_non_fake_inputs=True), _undrawn_noise(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = _trainer(config, device, distance)
-        batch = _batch(trainer)
+        trainer = blank_trainer(config, device)
+        batch = blank_batch(trainer)
         sizes = _lasting(trainer)
         sizes["batch"] = _bytes(tensor for tensor in batch if tensor is not None)
         with StorageWatch() as watch:
@@ -99,8 +97,9 @@ def _undrawn_noise() -> Iterator[None]:
         philox._field = drawn
 
 
-def _trainer(config: TrainConfig, device: torch.device, distance: nn.Module | None) -> Trainer:
-    """The run's own trainer; a teacher, which it would read from a file, is as large as the student."""
+def blank_trainer(config: TrainConfig, device: torch.device) -> Trainer:
+    """The run's own trainer with new weights; a teacher, which it would read from a file, is as large as the student."""
+    distance = _feature_distance(config)
     with device:
         network = build_network(config).train()
     teacher = None
@@ -114,7 +113,7 @@ def _trainer(config: TrainConfig, device: torch.device, distance: nn.Module | No
         device=device,
         precision=resolve_precision(config.precision, device, config.noise),
         compiled=False,
-        guides=Guides(teacher=teacher, feature_distance=distance),
+        guides=Guides(teacher=teacher, feature_distance=None if distance is None else distance.to(device)),
     )
 
 
@@ -139,7 +138,8 @@ def _feature_distance(config: TrainConfig) -> nn.Module | None:
     return None
 
 
-def _batch(trainer: Trainer) -> Batch:
+def blank_batch(trainer: Trainer) -> Batch:
+    """A batch of the run's shapes."""
     config, device = trainer.config, trainer.device
     side, channels = config.network["resolution"], config.network["in_channels"]
     labels = torch.zeros(config.batch, dtype=torch.int64, device=device) if config.network.get("num_classes") else None

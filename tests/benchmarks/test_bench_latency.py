@@ -123,7 +123,7 @@ def test_what_is_measured_unasked():
     assert {"fastcm_compile", "compile", "onnxruntime_seeded", "diffusers"} <= set(defaults["colour32", 1])
     assert defaults["colour32", 4] == defaults["cifar10", 1] and "onnxruntime_seeded" in defaults["cifar10", 1]
     assert not any("compile" in name for name in defaults["cifar10", 1]) and "onnxruntime_cpu" not in defaults["lsun256", 1]
-    assert bench_latency.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
+    assert bench_latency.default_models(CPU, False) == ["digits", "mnist", "colour32", "cifar10"]
 
 
 def test_the_floor_is_products_or_weights(tiny, monkeypatch):

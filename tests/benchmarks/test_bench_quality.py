@@ -3,23 +3,36 @@
 import json
 from pathlib import Path
 
-from fastcm.benchmarks.quality.generators import TRAININGS, search_table, table
+import pytest
+
+from fastcm.benchmarks.quality.generators import PAGES, TRAININGS, search_table, table
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"))
+RESULTS = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"))]
 SEARCHES = sorted((ROOT / "benchmarks" / "results").glob("search-*.json"))
 
 
-def test_readme_shows_the_newest_results():
-    results = json.loads(RESULTS[-1].read_text(encoding="utf-8"))
-    assert table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert {row["training"] for row in results["rows"]} == {*TRAININGS, "real images"}
+def newest(data):
+    """The newest results that hold rows of a data set, and these rows."""
+    found = [(results, [row for row in results["rows"] if row["model"] == data]) for results in RESULTS]
+    return next((results, rows) for results, rows in reversed(found) if rows)
 
 
-def test_the_default_model_is_good_in_one_step():
-    rows = json.loads(RESULTS[-1].read_text(encoding="utf-8"))["rows"]
-    one = next(row for row in rows if row["training"] == "ict" and row["nfe"] == 1)
+@pytest.mark.parametrize("data", PAGES)
+def test_pages_show_the_newest_results(data):
+    results, rows = newest(data)
+    assert table(results, data) in PAGES[data].read_text(encoding="utf-8")
+    assert {row["training"] for row in rows} == {*(name for each, name in TRAININGS if each == data), "real images"}
+
+
+def test_the_models_are_as_good_as_the_pages_promise():
+    def one_and_two(data, training):
+        return [next(row for row in newest(data)[1] if row["training"] == training and row["nfe"] == nfe) for nfe in (1, 2)]
+
+    one, _ = one_and_two("digits", "ict")
     assert one["accuracy"] >= 0.98 and one["fd_ratio"] <= 1.3 and one["copies"] == 0 and one["count"] == 1797
+    one, two = one_and_two("mnist", "`make demo`")
+    assert one["accuracy"] >= 0.96 and one["fd_ratio"] <= 5 and two["fd_ratio"] < one["fd_ratio"] and one["copies"] == 0
 
 
 def test_docs_show_the_newest_search():
