@@ -199,7 +199,8 @@ def check_data(config: TrainConfig, dataset: Dataset, *, custom: bool) -> None:
 def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None = None, logs: Sequence[RunLog] | None = None) -> RunResult:
     """Trains, or resumes what stands in the plan's folder; with `processes`, together with the other ones that call this.
 
-    A plan with a `first` trains that one before, and distils what it left. logs: what receives the run's figures; None for TensorBoard where it is installed.
+    A plan with a `first` trains that one before, and distils what it left. logs: what receives the run's figures; None for TensorBoard
+    where it is installed.
     """
     if ready.first is not None:
         result = start(ready.first, callbacks=callbacks, processes=processes, logs=logs)
