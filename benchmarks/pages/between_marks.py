@@ -86,6 +86,20 @@ TABLES = {
             "to uint8": field("uint8_percent", "{:.1f} %"),
         },
     ),
+    "teachers": PageTable(
+        "docs/training.md",
+        "teachers-*.json",
+        lambda row: True,
+        {
+            "model": field("model"),
+            "sampled by": field("sampling"),
+            "calls per image": field("nfe"),
+            "Fréchet distance": lambda row: f"{row['fd_mean']:.2f} ± {row['fd_std']:.2f}",
+            "times real": field("fd_ratio", "{:.2f}"),
+            "precision": field("precision", "{:.2f}"),
+            "recall": field("recall", "{:.2f}"),
+        },
+    ),
     "exports": PageTable(
         "docs/deploy.md",
         "export-*.json",

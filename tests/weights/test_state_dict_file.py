@@ -161,7 +161,7 @@ def test_output_channels_other_than_input_channels(tmp_path, capsys):
     torch.save(network.state_dict(), tmp_path / "six.pt")
     words = ["convert", tmp_path / "six.pt", tmp_path / "out", "--image-size", "8", "--head-channels", "32"]
     assert cli.main(list(map(str, words))) == 2
-    assert f"in {tmp_path / 'six.pt'}: 6 channels of 3" in capsys.readouterr().err
+    assert f"in {tmp_path / 'six.pt'}: the variance that it predicts. Give fastcm convert --betas" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     write_diffusers(tmp_path / "d", make(**DIGITS), {})
     config = tmp_path / "d" / "unet" / "config.json"

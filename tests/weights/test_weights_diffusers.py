@@ -282,3 +282,35 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path):
         with pytest.raises(InputError, match=part):
             write_diffusers(tmp_path / "out", Denoiser(network, Preconditioning(**options)), {})
     assert not (tmp_path / "out").exists()
+
+
+def test_other_networks_are_written_and_read_as_consistency_pipelines(tmp_path):
+    """A UNet2D in the boundary form: what diffusers' own consistency training makes, with options that ADM lacks."""
+    import diffusers
+
+    torch.manual_seed(0)
+    options = {
+        "resolution": 8,
+        "widths": (32, 32),
+        "blocks": 1,
+        "down_blocks": ("AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_blocks": ("ResnetUpsampleBlock2D", "AttnUpBlock2D"),
+        "norm_groups": 8,
+        "num_classes": 5,
+    }
+    network = networks.build("unet2d", options).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    denoiser = Denoiser(network, Preconditioning())
+    write_diffusers(tmp_path / "m", denoiser, {})
+    pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / "m")
+    pipeline.set_progress_bar_config(disable=True)
+    one = pipeline_images(pipeline, [4, 0, 2], num_inference_steps=1)
+    torch.testing.assert_close(our_images(denoiser, [4, 0, 2], [80.0]), one, rtol=0, atol=1e-4)
+    again, preconditioning, _ = read_diffusers(tmp_path / "m")
+    assert again.config == network.config and preconditioning == denoiser.preconditioning
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), network.state_dict().values(), strict=True))
+    for form, words in (("epsilon-boundary", "noise.form: epsilon-boundary"), ("edm", "noise.form: edm")):
+        with pytest.raises(InputError, match=words):
+            write_diffusers(tmp_path / "no", Denoiser(network, Preconditioning(form=form)), {})
+    assert not (tmp_path / "no").exists()
