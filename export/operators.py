@@ -83,8 +83,17 @@ WEB_ROWS = _rows(f"""
     Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze: {ALL}
 """)
 
+# Floats alone: integers are shapes and indices that stand in the graph.
+MOBILE_ROWS = _rows("""
+    Add Sub Mul Div Neg Clip Erf Exp Floor Sigmoid Softmax Sqrt Tanh: float32
+    AveragePool Conv ConvTranspose DepthToSpace Gemm GlobalAveragePool InstanceNormalization MatMul: float32
+    Concat Transpose: float32
+    Pad Reshape Resize Slice Squeeze Unsqueeze: float32 int64
+""")
+
 ORT = Table("ONNX Runtime, docs/OperatorKernels.md, CUDAExecutionProvider", "commit 8f063305aacd", (7, 25), ORT_ROWS)
 ORT_CPU = Table("ONNX Runtime, docs/OperatorKernels.md, CPUExecutionProvider", "commit 8f063305aacd", (7, 25), ORT_CPU_ROWS)
 TENSORRT = Table("ONNX-TensorRT, docs/operators.md", "TensorRT 10.15", (9, 24), TENSORRT_ROWS)
+MOBILE = Table("converters of MNN and of ncnn (pnnx), as the tests run them", "MNN 3.6.1, ncnn 20261020", (9, 20), MOBILE_ROWS)
 # The storage buffers of a shader that WebGPU guarantees (W3C, "Limits": maxStorageBuffersPerShaderStage).
 WEB = Table("ONNX Runtime Web, js/web/docs/webgpu-operators.md", "commit 51f617724148", (7, 25), WEB_ROWS, buffers=8)

@@ -74,7 +74,8 @@ def check_inputs(contract: Contract) -> dict[str, Tensor]:
         elif name == "seeds":
             inputs[name] = seeds
         elif name == "labels":
-            inputs[name] = torch.linspace(0, contract.classes - 1, len(SEEDS)).long()
+            numbers = torch.linspace(0, contract.classes - 1, len(SEEDS)).long()
+            inputs[name] = torch.from_numpy(contract.labels(numbers.numpy()))
         else:
             waves = torch.sin(torch.arange(len(SEEDS) * int(np.prod(shape))) * 0.37).view(len(SEEDS), *shape)
             inputs[name] = (waves > 0).float() if name == "mask" else waves

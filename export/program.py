@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.generation import editing
-from fastcm.generation.frozen import freeze
+from fastcm.generation.frozen import ClassTable, freeze
 from fastcm.generation.onnx_contract import GENERATE, INPAINT, SUPERRES, Contract
 from fastcm.generation.sampler import GivenNoise, Noise, SeedNoise, multistep
-from fastcm.networks.inference import for_inference
+from fastcm.networks.inference import constant, for_inference
 
 # Example shapes of the export: torch.export takes 0 and 1 for constants of the program, so the examples have more rows.
 EXAMPLE_BATCH = 2
@@ -36,7 +36,11 @@ class Program(nn.Module):
             worker = copy.deepcopy(worker).half()
         # Over many levels, a table per class and level would outweigh the network.
         folded = len(sigmas) == 1 or len(sigmas) * (contract.classes or 0) <= FOLDED_ROWS
+        folded |= contract.floats  # class embeddings compare integers
         self.levels = nn.ModuleList(freeze(denoiser, s, classes=contract.classes, worker=worker, folded=folded) for s in sigmas)
+        if contract.floats and contract.classes:
+            for level in self.levels:
+                level.table = OneHotTable(level.table)
         self.sigmas = tuple(sigmas)
         self.sigma_min = denoiser.preconditioning.sigma_min
         self.contract = contract
@@ -70,6 +74,24 @@ class Program(nn.Module):
         return kernels.to_uint8(images.permute(0, 2, 3, 1).contiguous(), layout="NCHW")
 
 
+class OneHotTable(nn.Module):
+    """A ClassTable for labels as rows: fp32 [B, classes], 1 at the class, zeros for none -> the row's pieces, each [B, width, 1, 1].
+
+    Each piece is a product of its own, so that no runtime has to look up or to split.
+    """
+
+    def __init__(self, table: ClassTable):
+        super().__init__()
+        rows = table.rows.flatten(1)
+        pieces = zip((rows[:-1] - rows[-1:]).split(table.widths, 1), rows[-1].split(table.widths), strict=True)
+        self.pieces = nn.ModuleList(nn.Linear(len(rows) - 1, width) for width in table.widths)
+        for layer, (weight, bias) in zip(self.pieces, pieces, strict=True):
+            layer.weight, layer.bias = constant(weight.T.contiguous()), constant(bias.contiguous())
+
+    def forward(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(labels)[:, :, None, None] for layer in self.pieces)
+
+
 class SeededProgram(Program):
     """seeds int64 [B], labels -> the images that a generator draws of these seeds: the noise stream is part of the program."""
 
@@ -82,7 +104,11 @@ class InpaintProgram(Program):
     """image fp32 [B, C, H, W] in [-1, 1], mask fp32 [B, 1, H, W] (from 0.5 on a pixel is generated), noise, labels -> images."""
 
     def forward(self, image: Tensor, mask: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        project = editing.outside(mask >= 0.5)
+        if self.contract.floats:
+            kept = 1 - (mask + 0.5).floor().clamp(0, 1)
+            project = lambda x: x * kept  # noqa: E731
+        else:
+            project = editing.outside(mask >= 0.5)
         return self.edit(project(image), project, noise, labels)
 
 

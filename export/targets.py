@@ -10,12 +10,13 @@ from fastcm.export.translations import LAST_WITHOUT_GROUP_NORM
 
 class Target(NamedTuple):
     """opset: the default one; from 21 on GroupNorm is one node, below it is InstanceNormalization over groups.
-    domains: operator domains beyond ONNX's own that the runtime has."""
+    domains: operator domains beyond ONNX's own that the runtime has. floats: the contract's, with a batch of 1 where none is asked for."""
 
     name: str
     opset: int
     table: Table
     domains: tuple[str, ...] = ()
+    floats: bool = False
 
 
 # ONNX Runtime's fusions for CUDA look for the InstanceNormalization form; 18 is the smallest opset that torch exports to without
@@ -27,6 +28,7 @@ TARGETS = {
         Target("ort", 18, operators.ORT, domains=("com.microsoft",)),
         Target("tensorrt", 21, operators.TENSORRT),
         Target("web", 18, operators.WEB),
+        Target("mobile", 18, operators.MOBILE, floats=True),
     )
 }
 OPSETS = range(18, 24)

@@ -11,6 +11,7 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, RunError, nearest, reason_of
 from fastcm.export import publish
 from fastcm.export.fusion import Fusion, fuse
+from fastcm.export.merged_scales import merge_scales
 from fastcm.export.onnx_metadata import CONFIG, metadata
 from fastcm.export.parity import Comparison, check_images, cpu_run, variation
 from fastcm.export.program import Program, build, example_inputs, export_program
@@ -18,6 +19,7 @@ from fastcm.export.quiet import quiet
 from fastcm.export.structure import check_structure
 from fastcm.export.targets import Target, chosen_opset, chosen_target
 from fastcm.export.translations import translations
+from fastcm.generation.frozen import can_fold
 from fastcm.generation.generator import class_names
 from fastcm.generation.onnx_contract import GENERATE, SUPERRES, TASKS, TOLERANCE, Contract
 from fastcm.generation.request import is_diffusion, noise_levels
@@ -70,7 +72,8 @@ def export_onnx(
     """Writes the whole generator, or an editing task, as `out`; onnx_contract.py says what the graph takes and gives.
 
     precision: "fp32", or "fp16" for half weights and activations; skip and output scaling, inputs and outputs stay fp32.
-    target: "ort", "tensorrt" or "web", which sets the opset and the form of GroupNorm. batch: fixed, or symbolic where None.
+    target: "ort", "tensorrt", "web" or "mobile", which sets the opset and the form of GroupNorm. batch: fixed, or symbolic where None
+    ("mobile": 1).
     task: "generate", "inpaint" or "superres" with its `factor`. seeded: seeds in the place of noise. optimize: see fusion.py; "ort" alone.
     Every file is checked (structure.py, parity.py) before it gets its name and its manifest; one that fails is an error and leaves nothing.
     """
@@ -81,7 +84,11 @@ def export_onnx(
         raise InputError(f"ONNX Runtime's operators for another runtime in --optimize: --target {target}. Leave --optimize out.")
     runtime = chosen_target(target, seeded=seeded)
     opset = chosen_opset(opset, runtime)
+    if runtime.floats:
+        _check_floats(denoiser, precision=precision, uint8=uint8)
+        batch = 1 if batch is None else batch
     form = {"precision": precision, "batch": batch, "uint8": uint8, "task": task, "factor": factor, "seeded": seeded}
+    form["floats"] = runtime.floats
     whole, levels, contract = graph_of(denoiser, info, steps=steps, sigmas=sigmas, **form)
     reference = build(whole, levels, contract._replace(precision="fp32"))
     program = reference if precision == "fp32" else build(whole, levels, contract)
@@ -102,6 +109,18 @@ def export_onnx(
         publish.write_manifest(folder, out, _manifest(exported, runtime))
         publish.publish(folder, out)
     return exported
+
+
+def _check_floats(denoiser: Denoiser, *, precision: str, uint8: bool) -> None:
+    """InputError for what a graph of floats cannot be."""
+    if precision == "fp16":
+        raise InputError("half precision for --target mobile in --precision: fp16. The converters make it: mnnconvert --fp16, pnnx fp16=1.")
+    if uint8:
+        raise InputError("bytes from a runtime of floats in --uint8: --target mobile. Leave it out: images are float32 in [-1, 1].")
+    network = getattr(denoiser.network, "_orig_mod", denoiser.network)
+    if getattr(getattr(network, "config", None), "num_classes", None) and not can_fold(network):
+        name = type(network).__name__
+        raise InputError(f"classes in a network whose embedding cannot be folded, for --target mobile: {name}. Use another target.")
 
 
 def graph_of(
@@ -141,7 +160,7 @@ def convert(program: Program, contract: Contract, *, target: Target, opset: int,
         reason = reason_of(error)
         name = type(program.levels[0].network).__name__
         raise RunError(f"torch cannot export the network {name}: {reason}. Nothing was written.") from error
-    model = _clean(exported.model, properties)
+    model = _clean(exported.model, properties, target)
     model.ir_version = lowest_ir_version(model.opset_imports)
     return model
 
@@ -182,13 +201,15 @@ def _plain(denoiser: Denoiser) -> Denoiser:
     return Denoiser(network, denoiser.preconditioning).to("cpu", torch.float32).eval()
 
 
-def _clean(model, properties: dict[str, str]):
+def _clean(model, properties: dict[str, str], target: Target):
     """Sets the metadata properties and drops those of nodes and values, which hold stack traces with local paths."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
     from onnxscript.optimizer import fold_constants_ir
 
     model = ClearMetadataAndDocStringPass()(model).model
     fold_constants_ir(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
+    if target.floats:
+        merge_scales(model)
     RemoveUnusedNodesPass()(model)
     model.producer_name, model.producer_version = "fastcm", properties["fastcm.version"].strip('"')
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):

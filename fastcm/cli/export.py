@@ -17,7 +17,7 @@ def add(subparsers) -> None:
     group.add_argument("--steps", type=int, metavar="K", help="network calls in the graph (default: 1; with --task: 4)")
     group.add_argument("--sigmas", type=sigma_list, metavar="LIST", help="the graph's noise levels, from high to low, as 80,0.8")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), or fp16: half inside, inputs and outputs fp32")
-    runtimes = "the runtime: ort (ONNX Runtime, the default), tensorrt (the default with --tensorrt) or web (WebGPU)"
+    runtimes = "the runtime: ort (ONNX Runtime, the default), tensorrt (the default with --tensorrt), web (WebGPU) or mobile (MNN, ncnn)"
     parser.add_argument("--target", default=None, help=runtimes)
     parser.add_argument("--opset", type=int, metavar="N", help="the operator set: 18 (default) to 20, for tensorrt 18 to 23 (21)")
     parser.add_argument("--batch", type=int, metavar="N", help="a fixed number of images (default: any)")

@@ -16,7 +16,8 @@ class Contract(NamedTuple):
     """A graph's form. precision: of the weights and activations inside; inputs and outputs are never half.
 
     task: "generate" makes images from noise, "inpaint" and "superres" edit a given one, superres enlarging it `factor` times.
-    seeded: seeds in the place of noise. batch: None where it is symbolic.
+    seeded: seeds in the place of noise. batch: None where it is symbolic. floats: for runtimes that compute with floats alone, classes come
+    as rows that are 1 at the class and 0 elsewhere (all zeros are no class), and masks are arithmetic.
     """
 
     steps: int
@@ -29,6 +30,7 @@ class Contract(NamedTuple):
     factor: int | None = None
     seeded: bool = False
     batch: int | None = None
+    floats: bool = False
 
     def checked(self) -> "Contract":
         """Itself; ValueError where a field, read from a file, is of another kind than it should be."""
@@ -58,7 +60,7 @@ class Contract(NamedTuple):
         else:
             inputs["noise"] = (image if self.steps == 1 else (self.steps, *image), np.float32)
         if self.classes:
-            inputs["labels"] = ((), np.int64)
+            inputs["labels"] = ((self.classes,), np.float32) if self.floats else ((), np.int64)
         return inputs
 
     @property
@@ -77,6 +79,10 @@ class Contract(NamedTuple):
         """The shape of an input with its batch."""
         return (batch, *self.inputs[name][0])
 
+    def labels(self, numbers: np.ndarray) -> np.ndarray:
+        """Classes int64 [B], -1 for none, as the graph takes them: themselves, or float32 rows [B, classes]."""
+        return (numbers[:, None] == np.arange(self.classes)).astype(np.float32) if self.floats else numbers
+
     def check(self, feeds: dict[str, np.ndarray]) -> None:
         """InputError, one line, for names, types, shapes and values that the graph does not take."""
         if set(feeds) != set(self.inputs):
@@ -91,5 +97,5 @@ class Contract(NamedTuple):
                 raise InputError(f"wrong shape in input {name}: {list(array.shape)}. The graph takes [{wanted}].")
             if dtype == np.float32 and not np.isfinite(array).all():
                 raise InputError(f"non-finite numbers in input {name}: NaN or infinity. Give finite ones.")
-            if name == "labels" and array.size and not (array.min() >= -1 and array.max() < self.classes):
+            if name == "labels" and dtype == np.int64 and array.size and not (array.min() >= -1 and array.max() < self.classes):
                 raise InputError(f"class out of range in input labels: {array.min()} to {array.max()}. Use -1 to {self.classes - 1}.")

@@ -122,7 +122,9 @@ class OnnxGenerator(OnnxEditing):
         for start in range(0, len(seeds), self.batch_size):
             rows = slice(start, start + self.batch_size)
             part = None if labels is None else labels[rows]
-            feeds = {**pictures(len(seeds[rows])), **self._drawn_inputs(seeds[rows]), **({} if part is None else {"labels": part})}
+            feeds = {**pictures(len(seeds[rows])), **self._drawn_inputs(seeds[rows])}
+            if part is not None:
+                feeds["labels"] = self.contract.labels(part)
             yield seeds[rows], part, self._images(feeds, seeds[rows], output)
 
     def _drawn_inputs(self, seeds: np.ndarray) -> Feeds:
