@@ -55,7 +55,9 @@ def _openvino(path: Path, threads: int) -> Run:
     import openvino
 
     try:
-        model = openvino.compile_model(openvino.Core().read_model(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+        # Processors with bf16 would take it unasked.
+        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        model = openvino.compile_model(openvino.Core().read_model(path), "CPU", options)
     except RuntimeError as error:
         raise RunError(f"OpenVINO refuses {path.name}: {_first(error)}.") from None
     return lambda feeds: model(feeds)[0]
@@ -96,7 +98,7 @@ def _ncnn(path: Path, threads: int) -> Run:
     copy, param = folder / "graph.onnx", folder / "graph.ncnn.param"
     copy.write_bytes(path.read_bytes())
     graph = _graph(path)
-    shapes = ",".join(f"[{','.join(str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)}]" for value in graph.input)
+    shapes = ",".join(_shape(value.type.tensor_type) for value in graph.input)
     converter = Path(pnnx.__file__).with_name("pnnx")
     _converted([str(converter), copy.name, f"inputshape={shapes}", "fp16=0"], param, "pnnx", folder=folder)
     import ncnn
@@ -127,6 +129,14 @@ def _graph(path: Path):
     import onnx
 
     return onnx.load(path, load_external_data=False).graph
+
+
+def _shape(kind) -> str:
+    """An input in pnnx's words, with 1 for a symbolic batch."""
+    from onnx import TensorProto
+
+    sizes = ",".join(str(dim.dim_value or 1) for dim in kind.shape.dim)
+    return f"[{sizes}]{'i64' if kind.elem_type == TensorProto.INT64 else 'f32'}"
 
 
 def _converted(command: list[str], made: Path, name: str, *, folder: Path | None = None) -> None:

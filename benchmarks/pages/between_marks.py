@@ -113,6 +113,20 @@ TABLES = {
             "largest error": field("max_error", "{:.1e}"),
         },
     ),
+    "runtimes": PageTable(
+        "docs/deploy.md",
+        "runtimes-*.json",
+        lambda row: True,
+        {
+            "target": field("target"),
+            "runtime": field("backend"),
+            "version": field("version"),
+            "what happens": field("outcome"),
+            "largest difference": field("max_error", "{:.1e}"),
+            "ms": field("p50_ms", "{:.3g}"),
+            "of ONNX Runtime's": field("times_onnxruntime", "{:.2f}"),
+        },
+    ),
     "serving": PageTable(
         "docs/deploy.md",
         "serve-*.json",

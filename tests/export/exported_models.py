@@ -20,6 +20,7 @@ FORMS = {
     "seeded": {"seeded": True},
     "batch": {"batch": 3},
 }
+MOBILE_FORMS = {"mobile": {"target": "mobile"}, "mobile-steps": {"target": "mobile", "sigmas": LEVELS}}
 _folder = tempfile.TemporaryDirectory()
 
 
@@ -29,5 +30,5 @@ def tiny_denoiser(classes=3, seed=0):
 
 @cache
 def exported(form: str) -> Exported:
-    """The export of FORMS[form], in a folder of its own; read it, do not change it."""
-    return export_onnx(tiny_denoiser(), INFO, out=Path(_folder.name) / form / f"{form}.onnx", **FORMS[form])
+    """The export of FORMS[form] or MOBILE_FORMS[form], in a folder of its own; read it, do not change it."""
+    return export_onnx(tiny_denoiser(), INFO, out=Path(_folder.name) / form / f"{form}.onnx", **{**FORMS, **MOBILE_FORMS}[form])
