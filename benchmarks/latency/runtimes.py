@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", metavar="NAMES", help=f"separated by commas: {', '.join(MODELS)} (default: digits)")
     parser.add_argument("--target", metavar="NAMES", help=f"separated by commas: {', '.join(TARGETS)} (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="of each runtime (1)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one target's turns (10)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of one target's turns (10); 0: no times")
     parser.add_argument("--json", type=Path, metavar="OUT", help="the file of results")
     args = parser.parse_args(argv)
     results = ResultsFile(args.json, identity=IDENTITY)
@@ -64,7 +64,7 @@ def measured(name: str, targets: Sequence[str], folder: Path, *, threads: int, s
         if target == "ort" or anchor is None:
             anchor = runs["ONNX Runtime"], {key: array[:1] for key, array in feeds.items()}
         timed = {runtime: run for runtime, run in runs.items() if runtime != "onnx reference"}  # a definition, not a runtime
-        for runtime, figures in times(anchor, timed, feeds, seconds=seconds).items():
+        for runtime, figures in times(anchor, timed, feeds, seconds=seconds).items() if seconds else ():
             rows[runtime] |= figures
         rows["ONNX Runtime Web"] = {**rows["ONNX Runtime"], "backend": "ONNX Runtime Web", "version": None}
         rows["ONNX Runtime Web"] = {key: rows["ONNX Runtime Web"][key] for key in (*IDENTITY, "version")} | {"outcome": web(target)}

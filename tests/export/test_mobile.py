@@ -51,7 +51,7 @@ def test_a_class_is_its_row_and_none_is_zeros():
     assert np.abs(graph([0], "ant").astype(int) - graph([0], 2)).max() > 5
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = build(tiny_denoiser(), graph.graph_sigmas, Contract(1, 1, 8, 3))(noise, torch.tensor([-1])).numpy()
+        expected = build(tiny_denoiser(), graph.graph_sigmas, Contract(1, 1, 8, 3))(noise).numpy()
     np.testing.assert_allclose(graph.run({"noise": noise.numpy(), "labels": np.zeros((1, 3), np.float32)}), expected, atol=1e-4)
 
 
