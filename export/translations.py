@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from fastcm.export.operators import Table
+from fastcm.export.plane_translations import plane_translations
 
 # Up to here GroupNorm is written as InstanceNormalization over groups; opset 21 has an operator of its own.
 LAST_WITHOUT_GROUP_NORM = 20
@@ -68,30 +68,6 @@ def translations(opset: int, runtime: Table) -> dict[object, Callable]:
         gathered = op.Transpose(parts, perm=[0, 1, 3, 5, 2, 4])
         return op.Reshape(gathered, op.Constant(value_ints=[0, channels * r**2, height // r, width // r]))
 
-    def sliced_unbind(x, dim=0):
-        rest = [int(size) for axis, size in enumerate(x.shape) if axis not in (0, dim)]
-        bounds = [op.Constant(value_ints=[number]) for number in range(int(x.shape[dim]) + 1)]
-        parts = [op.Slice(x, *ends, op.Constant(value_ints=[dim])) for ends in itertools.pairwise(bounds)]
-        return tuple(op.Reshape(part, op.Constant(value_ints=[0, *rest])) for part in parts)
-
-    def unshuffling_convolution(x, downscale_factor):
-        # Four dimensions at most: each channel of the result has a kernel that picks one pixel of the patch.
-        channels, r = int(x.shape[1]), downscale_factor
-        kernel = np.eye(channels * r**2, dtype=np.float32).reshape(channels * r**2, channels, r, r)
-        return op.Conv(x, op.Constant(value=ir.tensor(kernel)), strides=[r, r])
-
-    def group_norm_of_planes(x, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-        # ncnn's instances are planes.
-        channels, height, width = (int(size) for size in x.shape[1:])
-        one, zero = (op.Constant(value_floats=[value] * num_groups) for value in (1.0, 0.0))
-        planes = op.Reshape(x, op.Constant(value_ints=[0, num_groups, channels // num_groups * height, width]))
-        norm = op.InstanceNormalization(planes, one, zero, epsilon=eps)
-        norm = op.Reshape(norm, op.Constant(value_ints=[0, channels, height, width]))
-        if weight is None:
-            return norm
-        per_channel = op.Constant(value_ints=[1, channels, 1, 1])
-        return op.Add(op.Mul(norm, op.Reshape(weight, per_channel)), op.Reshape(bias, per_channel))
-
     def round_half_up(x):
         # A value next to a half may round to either side, as everywhere between runtimes.
         return op.Floor(op.Add(x, op.CastLike(op.Constant(value_float=0.5), x)))
@@ -116,7 +92,5 @@ def translations(opset: int, runtime: Table) -> dict[object, Callable]:
         table[aten.split_with_sizes.default] = split
     table[aten.group_norm.default] = group_norm if opset <= LAST_WITHOUT_GROUP_NORM else plain_group_norm
     if "Gather" not in runtime.operators:
-        table[aten.unbind.int] = sliced_unbind
-        table[aten.pixel_unshuffle.default] = unshuffling_convolution
-        table[aten.group_norm.default] = group_norm_of_planes
+        table |= plane_translations()
     return table
