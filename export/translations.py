@@ -81,8 +81,7 @@ def translations(opset: int, runtime: Table) -> dict[object, Callable]:
         return op.Sub(op.Cast(shifted, to=ir.DataType.INT64), op.Constant(value_int=2 ** (63 - other)))
 
     aten = torch.ops.aten
-    table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind}
-    table[aten.pixel_unshuffle.default] = pixel_unshuffle
+    table = {aten.scaled_dot_product_attention.default: attention, aten.unbind.int: unbind, aten.pixel_unshuffle.default: pixel_unshuffle}
     table |= dict.fromkeys((aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar), right_shift)
     if "Round" not in runtime.operators:
         table[aten.round.default] = round_half_up
