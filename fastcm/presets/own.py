@@ -22,8 +22,8 @@ def mnist(method: str = "ict", *, teacher: str | None = None, data: str | None =
         noise=own_noise(method),
         objective=own_objective(method),
         optimizer=own_optimizer(),
-        duration_kimg=120.0,
-        batch=64,
+        duration_kimg=100.0,
+        batch=32,
         resolution=28,
         teacher=teacher,
         precision="fp32",
@@ -52,7 +52,7 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
         data=data or "digits",
         network=network,
         noise=own_noise(method),
-        objective=own_objective(method, P_std=1.8),
+        objective=own_objective(method, P_std=1.8, s1=40),
         optimizer=own_optimizer(lr=2e-3),
         duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0),
         batch=64,
@@ -62,13 +62,13 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
     )
 
 
-def own_objective(method: str, *, P_std: float = 2.0) -> ObjectiveConfig:
+def own_objective(method: str, *, P_std: float = 2.0, s1: int = 20) -> ObjectiveConfig:
     """The method's loss for runs of hundreds of thousands of images rather than hundreds of millions.
 
     Beside the published losses: levels drawn higher (in one step all of the image is made at the highest ones) and fewer of them.
     """
     changes = {
-        "ict": {"s1": 40},
+        "ict": {"s1": s1},
         # iCT's distance, weight and pairs, which need fewer steps than l2 here.
         "cd": {"distance": "pseudo_huber", "loss_weight": "1/gap", "pairs": "log-normal"},
         "sct": {"tangent_warmup_kimg": 20.0},
@@ -132,7 +132,7 @@ def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None
         objective=own_objective(method),
         optimizer=own_optimizer(),
         duration_kimg=400.0,
-        batch=64,
+        batch=32,
         resolution=32,
         teacher=teacher,
     )
@@ -195,7 +195,7 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
         objective=own_objective(method),
         optimizer=replace(own_optimizer(), ema_halflife_kimg=(500.0,)),
         duration_kimg=400.0 if resolution <= 64 else 1000.0,
-        batch=64,
+        batch=32,
         resolution=resolution,
         teacher=teacher,
         sample_every_kimg=20.0,
