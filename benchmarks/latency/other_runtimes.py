@@ -71,9 +71,10 @@ def _reference(path: Path, threads: int) -> Run:
 
 
 def _mnn(path: Path, threads: int) -> Run:
+    path = path.resolve()
     out = path.with_suffix(".mnn")
     arguments = ["-f", "ONNX", "--modelFile", str(path), "--MNNModel", str(out), "--bizCode", "fastcm"]
-    _converted([sys.executable, "-c", CONVERT_MNN, *arguments], out, "MNN")
+    _converted([sys.executable, "-c", CONVERT_MNN, *arguments], out, "MNN", folder=path.parent)  # it leaves a file where it runs
     import MNN
 
     def run(feeds: Feeds) -> np.ndarray:
