@@ -21,7 +21,7 @@ from fastcm.data.dataset import open_dataset
 from fastcm.errors import RunError
 from fastcm.generation.generator import Generator
 from fastcm.training.run import build_network, target_of
-from fastcm.training.trainer import Trainer
+from fastcm.training.trainer_parts import build_trainer
 
 IDENTITY = ("bench", "op", "precision")
 STEPS = 200
@@ -94,7 +94,7 @@ def trained(precision: str, steps: int) -> Row:
     for recorded in (True, False):
         config = presets.digits()
         network = build_network(config).cuda().train()
-        trainer = Trainer(
+        trainer = build_trainer(
             config,
             network,
             target_of(network, config),

@@ -21,7 +21,7 @@ from fastcm.training.captured_step import WARM_UP
 from fastcm.training.config import OptimizerConfig, TrainConfig
 from fastcm.training.parallel import Processes
 from fastcm.training.run import resolve_compile, resolve_precision
-from fastcm.training.trainer import Trainer
+from fastcm.training.trainer_parts import build_trainer
 
 BACKENDS = ("published_step", "fastcm", "fastcm_compile", "compile")
 # Pictures of random pixels stand in for data sets that are not at hand: a step's time does not depend on what they show.
@@ -130,7 +130,7 @@ def synchronize(device: torch.device) -> None:
 
 def _trainer(name: str, job: Job, network: torch.nn.Module, compiled: bool) -> Backend:
     network = network.to(job.device).train()
-    trainer = Trainer(
+    trainer = build_trainer(
         job.config(),
         network,
         copy.deepcopy(network).requires_grad_(False),

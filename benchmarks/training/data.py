@@ -25,7 +25,7 @@ from fastcm.benchmarks.training.backends import Job, dataset
 from fastcm.data import cache_building, image_cache, sources
 from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.data.decode_pool import cores
-from fastcm.training.trainer import Trainer
+from fastcm.training.trainer_parts import build_trainer
 
 IDENTITY = ("bench", "op", "pictures", "backend", "model", "batch")
 
@@ -203,7 +203,7 @@ def wait(folder: Path, args: argparse.Namespace) -> list[Row]:
         entry = image_cache.build_entry(folder / f"wait-{name}", [images.images], shape=images.images.shape, labels=None, class_names=None)
         mapped = Dataset(entry.images, images.labels, images.class_names, name, entry.fingerprint)
         job, network = Job(model, batch, device, "auto", "auto"), model.network().train()
-        trainer = Trainer(
+        trainer = build_trainer(
             job.config(),
             network,
             copy.deepcopy(network).requires_grad_(False),

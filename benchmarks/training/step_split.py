@@ -92,9 +92,9 @@ def marked(trainer: Trainer, clock: Clock) -> Iterator[None]:
     def network_phase() -> str:
         return "student" if torch.is_grad_enabled() else "target"
 
-    optimizer = trainer.optimizer
+    optimizer, loss = trainer.optimizer, trainer.method_loss
     with ExitStack() as stack:
-        for network in {id(network): network for network in (trainer.student.network, trainer.target.network)}.values():
+        for network in {id(network): network for network in (loss.student.network, loss.target.network)}.values():
             stack.enter_context(mock.patch.object(network, "forward", after(network.forward, network_phase)))
         stack.enter_context(mock.patch.object(trainer.work, "graphs", None))
         for owner, name, call in (

@@ -27,6 +27,7 @@ from fastcm.training.method_loss import Guides
 from fastcm.training.run import build_network, resolve_precision, target_of
 from fastcm.training.schedule import step_values
 from fastcm.training.trainer import Trainer, piece
+from fastcm.training.trainer_parts import build_trainer
 from fastcm.weights.lpips_weights import TAP_CHANNELS
 
 # Buffers of the optimizer by the component that they belong to.
@@ -105,7 +106,7 @@ def blank_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     teacher = None
     if config.method in TAUGHT_METHODS:
         teacher = Denoiser(copy.deepcopy(network), replace(config.noise, form=config.noise.base))
-    return Trainer(
+    return build_trainer(
         config,
         network,
         target_of(network, config),

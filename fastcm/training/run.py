@@ -22,7 +22,8 @@ from fastcm.training.run_folder import RunFolder
 from fastcm.training.run_logs import RunLog
 from fastcm.training.session import RunResult, Session
 from fastcm.training.starting_point import check_against, copy_weights
-from fastcm.training.trainer import Callbacks, Trainer
+from fastcm.training.trainer import Callbacks
+from fastcm.training.trainer_parts import build_trainer
 
 
 def resolve_precision(precision: str, device: torch.device, noise: Preconditioning | None = None) -> str:
@@ -104,7 +105,7 @@ def run(
         if folder is not None and note and not complete_steps(folder.checkpoints):
             folder.notes.append(note)
         network = network.to(device).train()
-        trainer = Trainer(
+        trainer = build_trainer(
             config,
             network,
             target_of(network, config),

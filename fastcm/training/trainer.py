@@ -8,21 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcm import kernels
-from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.objective import Batch
 from fastcm.data.dataset import Dataset
 from fastcm.data.prefetch import batches
 from fastcm.errors import RunError
 from fastcm.generation.cuda_choices import exact_fp32
-from fastcm.networks.compiled import compiled as for_training
-from fastcm.training.captured_step import CapturedStep, graphs_for
+from fastcm.training.captured_step import CapturedStep, Graphs
 from fastcm.training.config import TrainConfig
 from fastcm.training.gradient_reduction import GradientReduction
 from fastcm.training.loss_scale import LossScale
-from fastcm.training.method_loss import Guides, MethodLoss
+from fastcm.training.method_loss import MethodLoss
 from fastcm.training.optimizer import FlatOptimizer
 from fastcm.training.parallel import Processes
 from fastcm.training.schedule import StepValues, step_values
@@ -31,7 +29,6 @@ from fastcm.training.step_scalars import StepScalars
 FLIP_STREAM = 2
 # A run of this many updates in a row with a loss or gradient that is not finite ends the training.
 NONFINITE_LIMIT = 10
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Progress:
 
 
 class Trainer:
-    """Trains `network` on `dataset` as `config` says. All randomness is a function of (config.seed, nimg).
+    """Steps of one run, from its parts (`trainer_parts.build_trainer`). All randomness is a function of (config.seed, nimg).
 
     Of every batch this process takes its share, and of its share `microbatch` images at a time, halved where memory runs out.
     """
@@ -60,85 +57,38 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        network: nn.Module,
-        target_network: nn.Module | None,
         dataset: Dataset,
         *,
+        optimizers: dict[str, FlatOptimizer],  # by the prefix of their parts in a checkpoint; "" is the network's
+        method_loss: MethodLoss,
+        loss_scale: LossScale | None,  # of fp16
+        reduction: GradientReduction | None,  # of several processes
+        graphs: Graphs | None,  # how steps are recorded, where they are
+        processes: Processes,
         device: torch.device,
         precision: str,
         compiled: bool,
-        guides: Guides | None = None,
-        processes: Processes | None = None,
     ):
-        self.config, self.dataset, self.device, self.compiled = config, dataset, device, compiled
-        self.first_step_s: float | None = None  # in which torch.compile works
-        self.processes = processes or Processes()
-        self.share = self.processes.share(config.batch)
-        self.total_nimg = round(config.duration_kimg * 1000)
-        self.precision = precision
-        self.optimizer = FlatOptimizer(network, target_network, config.optimizer, dtype=DTYPES[precision])
-        self.student = Denoiser(for_training(network, network) if compiled else network, config.noise)
-        self.target = self.student
-        if target_network is not None:
-            self.target = Denoiser(for_training(target_network, target_network) if compiled else target_network, config.noise)
-        with device:  # what the loss learns is made there
-            self.method_loss = MethodLoss(
-                config,
-                self.student,
-                self.target,
-                guides or Guides(),
-                tangent_network=network,
-                image_shape=(dataset.channels, dataset.resolution, dataset.resolution),
-                compiled=compiled,
-            )
-        self.optimizers = {"": self.optimizer}  # by the prefix of their parts in a checkpoint
-        if self.method_loss.log_weight is not None:
-            self.optimizers["log_weight."] = FlatOptimizer(self.method_loss.log_weight, None, config.optimizer)
-        self.loss_scale = LossScale(device) if precision == "fp16" else None
-        self.set_microbatch(min(config.microbatch or self.share, self.share))
-        self.reduction = GradientReduction(list(self.optimizers.values()), self.processes) if self.processes.size > 1 else None
-        if device.type == "cuda" and self.reduction is None:
-            for optimizer in self.optimizers.values():
-                optimizer.gather_gradients()
+        self.config, self.dataset, self.processes = config, dataset, processes
+        self.device, self.precision, self.compiled = device, precision, compiled
+        self.optimizers, self.optimizer, self.method_loss = optimizers, optimizers[""], method_loss
+        self.loss_scale, self.reduction = loss_scale, reduction
         self._is_exact = device.type == "cuda" and precision == "fp32"
-        self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
+        self.share, self.total_nimg = processes.share(config.batch), round(config.duration_kimg * 1000)
+        self.set_microbatch(min(config.microbatch or self.share, self.share))
         self.step, self.nimg = 0, 0
+        self.first_step_s: float | None = None  # in which torch.compile works
         self._batches = None  # from the first step on; see prefetch.batches
+        self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
         self.scalars = StepScalars(len(config.optimizer.ema_halflife_kimg), device)
         self.share_of_batch = torch.full((1,), 1 / config.batch, device=device)
         self.loss, self.grad_norm = torch.zeros((), device=device), torch.zeros(1, device=device)
         self.nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # skipped updates in a row: now, and at most
-        # Gradients of several processes leave during the backward pass, fp16 follows its scale: both are untried in a recording.
-        recordable = compiled and self.processes.size == 1 and self.loss_scale is None
-        graphs = graphs_for(device, network) if recordable else None
         # Not the trainer itself: in a cycle it would keep its memory on the device until Python looks for cycles.
         own = weakref.proxy(self)
         self.work = CapturedStep(
             lambda batch: own._passes(batch), lambda: own._update(), check=lambda: torch.stack((own.loss, *own._norm())), graphs=graphs
         )
-
-    def set_microbatch(self, images: int) -> None:
-        """Takes this many images at a time. Gradients that several passes give, or a scaled one, are summed in fp32."""
-        self.microbatch = images
-        if images < self.share or self.loss_scale is not None:
-            for optimizer in self.optimizers.values():
-                optimizer.sum_in_fp32()
-
-    def next_batch(self) -> Batch:
-        """This process's share of the batch that begins at nimg."""
-        if self._batches is None:
-            self._batches = batches(self.dataset, seed=self.config.seed, size=self.share, stride=self.config.batch, device=self.device)
-        images, labels, position = self._batches.batch(self.nimg + self.processes.rank * self.share)
-        images, position = images.to(self.device, non_blocking=True), position.to(self.device, non_blocking=True)
-        labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        return Batch(images, labels, self.seed, position)
-
-    def losses(self, batch: Batch) -> Tensor:
-        """The configured method's loss of each sample, as its part of the batch's mean and times the loss scale: [B] fp32."""
-        if self.config.flip:
-            batch = batch._replace(flip=kernels.uniform(batch.seed, batch.position, stream=FLIP_STREAM) < 0.5)
-        factor = self.share_of_batch if self.loss_scale is None else self.share_of_batch * self.loss_scale.value
-        return self.method_loss(batch, self.scalars, factor)
 
     def train_step(self) -> StepValues:
         """Algorithms 2 and 3 of Consistency Models: draw images, noise and a pair of levels; descend; update target and averages."""
@@ -199,6 +149,13 @@ class Trainer:
                 for optimizer in self.optimizers.values():
                     optimizer.collect()
 
+    def losses(self, batch: Batch) -> Tensor:
+        """The configured method's loss of each sample, as its part of the batch's mean and times the loss scale: [B] fp32."""
+        if self.config.flip:
+            batch = batch._replace(flip=kernels.uniform(batch.seed, batch.position, stream=FLIP_STREAM) < 0.5)
+        factor = self.share_of_batch if self.loss_scale is None else self.share_of_batch * self.loss_scale.value
+        return self.method_loss(batch, self.scalars, factor)
+
     def _norm(self) -> Tensor:
         """The L2 norm of all gradients, [1] fp32."""
         return torch.linalg.vector_norm(torch.stack([optimizer.gradient_norm() for optimizer in self.optimizers.values()]), dim=0)
@@ -215,6 +172,22 @@ class Trainer:
         now, longest = self.nonfinite
         now = (now + 1) * ~torch.isfinite(self.grad_norm[0])
         self.nonfinite.copy_(torch.stack((now, torch.maximum(longest, now))))
+
+    def next_batch(self) -> Batch:
+        """This process's share of the batch that begins at nimg."""
+        if self._batches is None:
+            self._batches = batches(self.dataset, seed=self.config.seed, size=self.share, stride=self.config.batch, device=self.device)
+        images, labels, position = self._batches.batch(self.nimg + self.processes.rank * self.share)
+        images, position = images.to(self.device, non_blocking=True), position.to(self.device, non_blocking=True)
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
+        return Batch(images, labels, self.seed, position)
+
+    def set_microbatch(self, images: int) -> None:
+        """Takes this many images at a time. Gradients that several passes give, or a scaled one, are summed in fp32."""
+        self.microbatch = images
+        if images < self.share or self.loss_scale is not None:
+            for optimizer in self.optimizers.values():
+                optimizer.sum_in_fp32()
 
     def _halve_microbatch(self) -> None:
         if self.microbatch == 1:

@@ -20,7 +20,7 @@ from fastcm.benchmarks.training import step_split
 from fastcm.benchmarks.training.published_step import Draw, PublishedStep
 from fastcm.training.method_loss import SIGMA_STREAM
 from fastcm.training.schedule import sigma_pair, step_values
-from fastcm.training.trainer import Trainer
+from fastcm.training.trainer_parts import build_trainer
 
 CPU = torch.device("cpu")
 ONE_STEP = ("--op", "step", "--model", "digits", "--backend", "published_step,fastcm", "--seconds", "0.01", "--device", "cpu")
@@ -46,7 +46,7 @@ def both_steps(model, *, lr=3e-3, batch=8, compiled=False, ours_compiled=False):
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
     published = PublishedStep(config, network, data, device=CPU, precision="fp32", compiled=compiled)
     target = copy.deepcopy(network).requires_grad_(False)
-    trainer = Trainer(config, network, target, data, device=CPU, precision="fp32", compiled=ours_compiled)
+    trainer = build_trainer(config, network, target, data, device=CPU, precision="fp32", compiled=ours_compiled)
 
     def stream(nimg):
         position = nimg + torch.arange(batch)

@@ -16,6 +16,7 @@ from fastcm.kernels import philox
 from fastcm.training.captured_step import WARM_UP, CapturedStep, CudaGraphs, graphs_for
 from fastcm.training.run import build_network, target_of
 from fastcm.training.trainer import FLIP_STREAM, Trainer, piece
+from fastcm.training.trainer_parts import build_trainer
 
 # N grows from 2 to 12 over the twenty steps, mu with it; the learning rate falls and the averages' half-life rises.
 CHANGING = {"objective.curriculum": "progressive", "objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32}
@@ -187,7 +188,7 @@ def on_the_gpu(*, recorded, precision="bf16", method="ict", device="cuda"):
         for parameter in built.parameters():
             if parameter.abs().sum() == 0:
                 parameter.normal_(0, 0.05, generator=generator)
-    made = Trainer(
+    made = build_trainer(
         config, built, target_of(built, config), open_dataset("digits"), device=torch.device(device), precision=precision, compiled=True
     )
     if not recorded:

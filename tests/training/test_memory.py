@@ -13,7 +13,7 @@ from fastcm import cli, presets
 from fastcm.data.dataset import open_dataset
 from fastcm.training.memory import StorageWatch, estimate
 from fastcm.training.run import build_network, target_of
-from fastcm.training.trainer import Trainer
+from fastcm.training.trainer_parts import build_trainer
 
 
 def config(*, method="ct", channels=32, batch=16, precision="fp32", **changes):
@@ -30,7 +30,7 @@ def measured_peak(config):
 
     def train():
         network = build_network(config).train()
-        trainer = Trainer(
+        trainer = build_trainer(
             config, network, target_of(network, config), pictures, device=torch.device("cpu"), precision=config.precision, compiled=False
         )
         trainer.train_step()

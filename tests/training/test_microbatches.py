@@ -13,7 +13,8 @@ from fastcm import runs
 from fastcm.errors import InputError, RunError
 from fastcm.training.loss_scale import FIRST_EXPONENT, RISE, LossScale
 from fastcm.training.run import build_network, target_of
-from fastcm.training.trainer import DTYPES, Trainer
+from fastcm.training.trainer import Trainer
+from fastcm.training.trainer_parts import DTYPES, build_trainer
 
 
 def trainer(*, method="ict", precision="fp32", **changes):
@@ -26,7 +27,7 @@ def trainer(*, method="ict", precision="fp32", **changes):
         for parameter in network.parameters():
             if parameter.abs().sum() == 0:
                 parameter.normal_(0, 0.05, generator=generator)
-    return Trainer(
+    return build_trainer(
         config.config,
         network,
         target_of(network, config.config),
