@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 
 if settings is not None:
-    settings.register_profile("fastcm", deadline=None, derandomize=True, max_examples=50)
+    settings.register_profile("fastcm", deadline=None, derandomize=True, max_examples=20)
     settings.load_profile("fastcm")
 if settings is None:
     collect_ignore = ["data/test_data.py", "faults/test_faults_settings.py"]
@@ -69,8 +69,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Decoded pictures go to the test run's own folder, in child processes too."""
+    """Decoded pictures go to the test run's own folder, in child processes too; what workers share lies beside their folders."""
     os.environ["FASTCM_CACHE"] = str(tmp_path_factory.mktemp("fastcm-cache"))
+    base = tmp_path_factory.getbasetemp()
+    os.environ["FASTCM_SHARED"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = """# Reliability
 
 What goes wrong in long runs and with files from elsewhere, injected on purpose, and what fastcm did. Each row is a set of tests in
-`tests/`, run by `make faults`; a thin slice of the same tests ({quick}) runs in `make test`. A try is one injection: a kill, a mutant, a
-bad file.
+`tests/`, run by `make faults`; a thin slice of the same tests ({quick}) runs in `make test` and
+`make test-all`. A try is one injection: a kill, a mutant, a bad file.
 
 {count} of 25 faults pass. {counts}, {date}, commit {commit}, Python {python}, torch {torch}, {processor}.
 
@@ -118,7 +118,7 @@ def page(results: dict[str, dict], facts: dict, *, quick: bool) -> str:
     rows = [row(fault, results.get(str(fault.number), missing)) for fault in FAULTS]
     passed = sum(result["verdict"] == "pass" for result in results.values())
     return PAGE.format(
-        quick="3 kills, 200 mutants of each kind of file",
+        quick="3 kills, 60 mutants of each kind of file",
         count=passed,
         rows="\n".join(rows),
         counts="Counts of the thin slice (--quick)" if quick else "Full counts",

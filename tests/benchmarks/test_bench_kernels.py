@@ -204,6 +204,7 @@ SPEED_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "backend"), SPEED_CASES)
 def test_speed(benchmark, case, backend):
     """Speed of an op on the CPU: `pytest --benchmark-only` on this file compares its backends, a group for each op."""

@@ -228,7 +228,7 @@ def test_the_profile_counts_nodes(tiny):
     assert all(ms > 0 for ms, _ in row["operators"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_restarted_process_finds_its_code(tmp_path, monkeypatch):
     """The first image of a fresh process, twice; without a compiler or with a failing one there is none."""
     options = {"batch": 1, "device": "cpu", "precision": "auto", "cache": tmp_path / "cache"}

@@ -58,7 +58,7 @@ def both_steps(model, *, lr=3e-3, batch=8, compiled=False, ours_compiled=False):
 
 
 @pytest.mark.parametrize(
-    "which", [{}, *(pytest.param({name: True}, marks=pytest.mark.slow) for name in ("compiled", "ours_compiled"))], ids=str
+    "which", [{}, *(pytest.param({name: True}, marks=pytest.mark.long) for name in ("compiled", "ours_compiled"))], ids=str
 )
 @pytest.mark.slow
 def test_all_steps_train_alike(tiny, which):
@@ -249,7 +249,7 @@ def test_memory_at_the_edge_is_that_of_the_try_that_fitted(monkeypatch, capsys):
     assert bench_train.growth_line(row).endswith("failed: out of memory with one image")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_children_measure_memory_and_several_processes():
     job = train_backends.Job(MODELS["digits"], 16, CPU, "fp32", "fp32")
     peaks = [train_child.ask(dataclasses.replace(job, batch=batch), "fastcm", seconds=None)["peak_memory_gb"] for batch in (16, 512)]

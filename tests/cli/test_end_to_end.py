@@ -1,12 +1,17 @@
-"""The README's commands, one after the other, as a stranger runs them: each in its own process, in an empty folder."""
+"""The README's commands, one after the other, in an empty folder: the first as a stranger runs it, in a process of its own."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from fastcm import cli
 
 pytestmark = pytest.mark.slow
 
@@ -14,16 +19,20 @@ SMALL = ("--set", "network.channels=8", "--set", "network.head_channels=8", "--b
 
 
 def fastcm(folder, *arguments, code=0):
-    done = subprocess.run([sys.executable, "-m", "fastcm", *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = cli.main(arguments)
+    assert found == code, err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """An empty folder in which `fastcm train` has run for forty steps."""
     folder = tmp_path_factory.mktemp("stranger")
-    fastcm(folder, "train", "--duration", "1280img", *SMALL)
+    command = [sys.executable, "-m", "fastcm", "train", "--duration", "1280img", *SMALL]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

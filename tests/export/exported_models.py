@@ -1,11 +1,14 @@
-"""Exports of a tiny network that several tests read: each takes seconds, so each is made once per process."""
+"""Exports of a tiny network that several tests read: each takes seconds, so each is made once for all workers of a test run."""
 
-import tempfile
+import fcntl
+import os
+import pickle
 from functools import cache
 from pathlib import Path
 
 from test_generator import small_denoiser
 
+from fastcm.export.program import build
 from fastcm.export.to_onnx import Exported, export_onnx
 
 TINY = {"channels": 8, "head_channels": 8, "channel_mult": (1,), "patch": 2, "attention_resolutions": (4,)}
@@ -21,7 +24,6 @@ FORMS = {
     "batch": {"batch": 3},
 }
 MOBILE_FORMS = {"mobile": {"target": "mobile"}, "mobile-steps": {"target": "mobile", "sigmas": LEVELS}}
-_folder = tempfile.TemporaryDirectory()
 
 
 def tiny_denoiser(classes=3, seed=0):
@@ -31,4 +33,22 @@ def tiny_denoiser(classes=3, seed=0):
 @cache
 def exported(form: str) -> Exported:
     """The export of FORMS[form] or MOBILE_FORMS[form], in a folder of its own; read it, do not change it."""
-    return export_onnx(tiny_denoiser(), INFO, out=Path(_folder.name) / form / f"{form}.onnx", **{**FORMS, **MOBILE_FORMS}[form])
+
+    def make(folder):  # a program is not for pickles, and soon built again
+        done = export_onnx(tiny_denoiser(), INFO, out=folder / f"{form}.onnx", **{**FORMS, **MOBILE_FORMS}[form])
+        return done._replace(reference=None)
+
+    done = once(form, make)
+    return done._replace(reference=build(tiny_denoiser().eval(), done.sigmas, done.contract._replace(precision="fp32")))
+
+
+def once(name: str, make):
+    """What `make(folder)` returns: made by the first worker that asks, while the others wait, and read by them."""
+    folder = Path(os.environ["FASTCM_SHARED"]) / f"once-{name}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = folder / "made.pickle"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(kept.read_bytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported_models import INFO, tiny_denoiser
+from exported_models import INFO, once, tiny_denoiser
 
 import fastcm
 from fastcm.cli import main
@@ -42,12 +42,16 @@ gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not install
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported():
     """(model folder, package of seeds to bytes), written by the command."""
-    folder = tmp_path_factory.mktemp("aot")
-    save_model(folder / "model", tiny_denoiser(), INFO)
-    assert main(["export", str(folder / "model"), "--aot", str(folder / "tiny.pt2"), "--seeded", "--uint8"]) == 0
-    return folder / "model", folder / "tiny.pt2"
+
+    def make(folder):
+        save_model(folder / "model", tiny_denoiser(), INFO)
+        (folder / "package").mkdir()
+        assert main(["export", str(folder / "model"), "--aot", str(folder / "package" / "tiny.pt2"), "--seeded", "--uint8"]) == 0
+        return folder / "model", folder / "package" / "tiny.pt2"
+
+    return once("aot", make)
 
 
 def test_what_the_package_states():
@@ -103,7 +107,7 @@ def test_python_draws_the_same_images(exported):
 
 
 @gcc
-@pytest.mark.slow
+@pytest.mark.long
 def test_cpp_draws_the_same_image(exported, tmp_path):
     """The example by its CMakeLists where CMake is installed, else by g++ directly; its image, its latency, its errors."""
     model, package = exported
@@ -121,7 +125,7 @@ def test_cpp_draws_the_same_image(exported, tmp_path):
 
 
 @gcc
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wrapper_refuses_wrong_inputs(exported, tmp_path):
     (tmp_path / "checks.cpp").write_text(CHECKS)
     program = compile_directly(tmp_path / "checks.cpp", tmp_path / "checks")

@@ -150,6 +150,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint_or_not_at_all(tmp_path):
     out = tmp_path / "run"
     changes = {"checkpoint_every_s": 0.0, "network.channel_mult": (1,), "network.attention_resolutions": ()}
     small_run(tmp_path / "whole", kimg=0.064, **changes)
+    assert complete_steps(tmp_path / "whole" / "checkpoints") == [2, 3, 4]
     small_run(out, kimg=0.048, **changes)
     flip(out / "checkpoints" / "step-000000003" / "weights.safetensors")
     with pytest.warns(UserWarning, match="size or sha256 differs"):

@@ -2,6 +2,8 @@
 
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -99,7 +101,7 @@ def kill(life, out, rng, seconds, *, while_saving):
     return code != 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again(tmp_path, teacher, record_property):
     """kill -9 at random points, half of them within a save; every method in the full count."""
     rng, kills, in_saves = random.Random(12), 0, 0
@@ -155,3 +157,23 @@ def test_a_signal_saves_the_finished_step_and_a_second_ends_at_once(tmp_path, wh
         assert ended == 0 and f"resumed at {4 * step / 1000:g} of" in said
         assert_equal_runs(whole, out)
     record_property("tries", times(1, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_process_of_the_shell_is_stopped_and_goes_on(tmp_path, whole, number, code):
+    """What a person does: nothing is forked, and the handlers are Python's own."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "fastcm", *map(str, train("ict", out, None))]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    until = time.monotonic() + 120
+    while len(complete_steps(out / "checkpoints")) < 3 and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == code and ("the checkpoint is saved" in told or number == signal.SIGKILL), told
+    assert 0 < complete_steps(out / "checkpoints")[-1] < STEPS, "stopped before the first or after the last step: nothing was tested"
+    ended, said = command(train("ict", out, None), tmp_path / "text")
+    assert ended == 0, said
+    assert_equal_runs(whole, out)
+    assert not list(out.rglob(".tmp-*"))

@@ -46,7 +46,7 @@ def refused_or(function, *arguments):
 def test_any_setting_is_taken_or_refused(record_property):
     taken = []
 
-    @settings(max_examples=times(200, 5000))
+    @settings(max_examples=times(60, 5000))
     @given(changes=st.dictionaries(NAMES, VALUES, min_size=1, max_size=3))
     def try_settings(changes):
         def resolve():
@@ -68,7 +68,7 @@ def test_any_setting_is_taken_or_refused(record_property):
 def test_any_settings_file_is_read_or_refused(tmp_path, record_property):
     count = 0
 
-    @settings(max_examples=times(100, 5000))
+    @settings(max_examples=times(40, 5000))
     @given(
         content=st.one_of(VALUES.map(lambda v: json.dumps(v).encode()), st.binary(max_size=64), st.text(max_size=40).map(str.encode)),
         suffix=st.sampled_from([".json", ".toml"]),
@@ -94,7 +94,7 @@ def test_any_manifest_is_refused_or_true(tmp_path, record_property):
     facts = st.one_of(VALUES, st.fixed_dictionaries({"bytes": VALUES, "sha256": VALUES}), st.sampled_from(list(good["files"].values())))
     manifests = st.one_of(VALUES, st.fixed_dictionaries({"files": st.one_of(VALUES, st.dictionaries(names, facts, max_size=3))}))
 
-    @settings(max_examples=times(200, 5000))
+    @settings(max_examples=times(60, 5000))
     @given(content=manifests)
     def try_manifest(content):
         nonlocal count

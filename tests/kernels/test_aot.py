@@ -64,8 +64,16 @@ def test_each_kind_of_fault_is_found(change, fault):
     assert any(fault in found for found in aot.faults(row | change, budget))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+def each_case():
+    """The first case of each set of kernels for every run, the others where minutes do not count."""
+    met = set()
+    for case in CASES:
+        kernels = frozenset(case.budgets)
+        yield pytest.param(case, id=name_of(case), marks=pytest.mark.long if kernels in met else pytest.mark.slow)
+        met.add(kernels)
+
+
+@pytest.mark.parametrize("case", each_case())
 def test_machine_code_is_within_budget(case):
     for architecture in aot.ARCHITECTURES:
         rows = aot.rows_of(case, architecture)

@@ -117,7 +117,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert "--batch: 15 (2 processes)" in first["undivided"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_give_the_same_hundred_losses(tmp_path):
     with recorded_losses() as alone:
         small_run(tmp_path / "alone", kimg=0.8, batch=8)

@@ -238,7 +238,7 @@ def test_a_teacher_must_fit(tmp_path, teacher):
     assert not (tmp_path / "cd").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_with_a_compiled_network(tmp_path, monkeypatch):
     compiled = {**SMALL, "compile": "on"}
     small_run(tmp_path / "whole", **{k: v for k, v in compiled.items() if k not in SMALL or SMALL[k] != v})
