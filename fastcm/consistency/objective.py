@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import kernels
-from fastcm.consistency.denoiser import Denoiser, expand, working_dtype
+from fastcm.consistency.denoiser import Coefficients, Denoiser, expand, working_dtype
 from fastcm.consistency.solver import Denoise
 from fastcm.consistency.tangent import NetworkTangent
 from fastcm.errors import InputError, nearest
@@ -59,17 +59,21 @@ def set_dropout_stream(network: nn.Module, batch: Batch) -> None:
         network.set_stream(batch.seed, batch.position)
 
 
+def _noised(student: Denoiser, batch: Batch, sigma: Tensor) -> tuple[Coefficients, kernels.Perturbed]:
+    """The scalings at sigma [B], and the images there (hi) and clean (lo); the student's dropout is set to draw for them."""
+    c, clean, dtype = student.coefficients(sigma), torch.zeros_like(sigma), working_dtype(student.network)
+    noisy = kernels.perturb(batch.images, batch.seed, batch.position, sigma, clean, c_in_hi=c.c_in, flip=batch.flip, dtype=dtype)
+    set_dropout_stream(student.network, batch)
+    return c, noisy
+
+
 def edm_loss(student: Denoiser, batch: Batch, sigma: Tensor, *, factor: Tensor | float = 1.0) -> Tensor:
     """Denoising score matching, [B] fp32: lambda ||D(x + sigma z, sigma) - x||^2 per pixel, lambda = 1 / c_out^2
     (Karras et al. 2022, equation 8 and Table 1). factor: multiplies every loss, in fp32, before 16-bit networks round its gradient."""
-    c_skip, c_out, c_in, c_noise = student.coefficients(sigma)
-    clean = torch.zeros_like(sigma)
-    dtype = working_dtype(student.network)
-    noisy = kernels.perturb(batch.images, batch.seed, batch.position, sigma, clean, c_in_hi=c_in, flip=batch.flip, dtype=dtype)
-    set_dropout_stream(student.network, batch)
-    F_x = student.network(noisy.scaled_hi, c_noise, batch.labels)
-    weight = c_out.square().reciprocal() * factor
-    return kernels.distance(noisy.x_hi, F_x, c_skip, c_out, noisy.x_lo, None, None, None, weight, kind="l2")
+    c, noisy = _noised(student, batch, sigma)
+    F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
+    weight = c.c_out.square().reciprocal() * factor
+    return kernels.distance(noisy.x_hi, F_x, c.c_skip, c.c_out, noisy.x_lo, None, None, None, weight, kind="l2")
 
 
 def consistency_loss(
@@ -136,12 +140,7 @@ def continuous_loss(
     log_weight: w(sigma) [B], trained along; None for w = 0. factor: as for `edm_loss`.
     """
     preconditioning, sigma_data = student.preconditioning, student.preconditioning.sigma_data
-    c = student.coefficients(sigma)
-    dtype = working_dtype(student.network)
-    noisy = kernels.perturb(
-        batch.images, batch.seed, batch.position, sigma, torch.zeros_like(sigma), c_in_hi=c.c_in, flip=batch.flip, dtype=dtype
-    )
-    set_dropout_stream(student.network, batch)
+    c, noisy = _noised(student, batch, sigma)
     with torch.no_grad():
         x, image = noisy.x_hi, noisy.x_lo
         hypotenuse = (sigma.square() + sigma_data**2).rsqrt()
@@ -151,8 +150,8 @@ def continuous_loss(
         D_x = image if teacher is None else teacher(x, sigma, batch.labels)
         sin_dx = cos * x_t - D_x
         # cos(t) sin(t) d/dt = d/d ln(sigma): the network's tangent is taken in ln(sigma), where nothing divides by a small sine.
-        x_rate = expand(c.c_in, x) * (expand(preconditioning.input_share(sigma), x) * x - D_x)
-        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, x_rate.to(dtype), preconditioning.c_noise_rate(sigma))
+        x_rate = (expand(c.c_in, x) * (expand(preconditioning.input_share(sigma), x) * x - D_x)).to(noisy.scaled_hi.dtype)
+        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, x_rate, preconditioning.c_noise_rate(sigma))
         F_minus, dF = F_minus.float(), dF.float()
         A, B = preconditioning.in_edm_form(sigma)
         if preconditioning.base != "edm":
