@@ -30,7 +30,7 @@ def fastcm(folder, *arguments, code=0):
 def trained(tmp_path_factory):
     """An empty folder in which `fastcm train` has run for forty steps."""
     folder = tmp_path_factory.mktemp("stranger")
-    command = [sys.executable, "-m", "fastcm", "train", "--duration", "1280img", *SMALL]
+    command = [sys.executable, "-m", "fastcm", "train", "digits", "--duration", "1280img", *SMALL]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -50,9 +50,9 @@ def test_train_sample_evaluate_export_and_sample_again(trained):
 
 
 def test_the_same_command_goes_on_and_other_settings_are_refused(trained):
-    again = fastcm(trained, "train", "--duration", "1600img", *SMALL)
+    again = fastcm(trained, "train", "digits", "--duration", "1600img", *SMALL)
     assert "resumed at 1.28 of 1.6 kimg" in again.stderr
-    refused = fastcm(trained, "train", "--duration", "1600img", *SMALL, "--seed", "5", code=2)
+    refused = fastcm(trained, "train", "digits", "--duration", "1600img", *SMALL, "--seed", "5", code=2)
     assert refused.stderr.startswith("fastcm: error: ") and "seed: 0 -> 5" in refused.stderr and refused.stderr.count("\n") == 1
 
 

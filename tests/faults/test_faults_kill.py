@@ -47,7 +47,7 @@ METHODS = {
 
 def train(method, out, teacher, *, steps=STEPS):
     options = ["--method", method, *METHODS[method], "--out", out, "--duration", f"{4 * steps}img"]
-    return ["train", *SETTINGS, *options, *(["--teacher", teacher] if method in ("cd", "scd") else [])]
+    return ["train", "digits", *SETTINGS, *options, *(["--teacher", teacher] if method in ("cd", "scd") else [])]
 
 
 def tensors(path):

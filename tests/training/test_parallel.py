@@ -27,6 +27,7 @@ from fastcm.training.trainer import Trainer
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
 TRAIN = (
     "train",
+    "digits",
     "--set",
     "network.channels=8",
     "--set",
