@@ -79,7 +79,7 @@ def _config(info: dict) -> dict[str, str]:
     if classes:
         more = f", … ({len(classes)})" if len(classes) > 12 else ""
         lines["classes"] = ", ".join(str(name) for name in classes[:12]) + more
-    for name in ("sampling", "training", "licence"):
+    for name in ("source", "sampling", "training", "licence"):
         if info.get(name):
             lines[name] = _short(info[name])
     return lines

@@ -55,6 +55,8 @@ def read_diffusers(path: str | Path, *, prediction: str | None = None, betas: st
         refuse(unet / "config.json", expected="a network of its scheduler", reason=f"time_embedding_type is {kind}", remedy=remedy)
     config = network.config
     parts = [f"its {unet.name}"] * (unet.name == "unet_ema" and unet != path) + [f"without {left_out}"] * bool(left_out)
+    if preconditioning.betas is not None and preconditioning.betas.zero_snr:
+        parts.append("without its last step, of infinite noise")
     info = {
         "resolution": config.resolution,
         "channels": config.in_channels,

@@ -68,6 +68,7 @@ def test_every_prediction_of_every_schedule(prediction, chain, tmp_path):
     p = denoiser.preconditioning
     assert p.form == {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}[prediction]
     assert (p.sigma_min, p.sigma_max) == p.betas.sigma_range and p.sigma_max < float("inf")
+    assert ("infinite noise" in load_denoiser(tmp_path)[1]["source"]) == ("rescale_betas_zero_snr" in chain)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
