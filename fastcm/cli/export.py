@@ -12,7 +12,7 @@ from fastcm.errors import InputError
 def add(subparsers) -> None:
     parser = subparsers.add_parser("export", help="write a checked ONNX file", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="a run or model folder, a diffusers folder, an OpenAI .pt or an EDM .pkl")
-    parser.add_argument("--onnx", nargs="?", const="", metavar="OUT.onnx", help="the file to write; MODEL/model.onnx without a value")
+    parser.add_argument("--onnx", nargs="?", const=True, metavar="OUT.onnx", help="the file to write; MODEL/model.onnx without a value")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--steps", type=int, metavar="K", help="network calls in the graph (default: 1; with --task: 4)")
     group.add_argument("--sigmas", type=sigma_list, metavar="LIST", help="the graph's noise levels, from high to low, as 80,0.8")
@@ -43,16 +43,16 @@ def batch_list(text: str) -> tuple[int, ...]:
         raise InputError(f"not a profile in --profile: {text}. Write it as MIN,OPT,MAX, as 1,4,16.") from None
 
 
-def output_path(onnx: str | None, model: Path, plan: str | None = None) -> Path:
-    """Where the file goes: --onnx's value, else model.onnx in the model's folder or beside its file, or beside the plan.
+def output_path(onnx: str | bool | None, model: Path, plan: str | None = None) -> Path:
+    """Where the file goes: --onnx's value, else (True) model.onnx in the model's folder or beside its file, or beside the plan.
 
     A built-in model's file goes to the current folder.
     """
-    if plan is not None and not onnx:
+    if plan is not None and onnx in (None, True):
         return Path(plan).with_suffix(".onnx")
     if onnx is None:
         raise InputError("nothing to write in fastcm export: no target. Give --onnx [OUT.onnx].")
-    if onnx:
+    if onnx is not True:
         path = Path(onnx)
         if path.suffix != ".onnx":
             raise InputError(f"unknown kind of file in --onnx: {onnx}. Give a name that ends in .onnx.")

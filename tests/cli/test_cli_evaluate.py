@@ -26,7 +26,7 @@ def judge():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, judge):
-    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed, cache: judge)
+    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed, cache, held_out: judge)
     monkeypatch.setattr(halves, "SPLITS", 5)
 
 

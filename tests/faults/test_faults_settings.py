@@ -118,6 +118,7 @@ def test_any_manifest_is_refused_or_true(tmp_path, record_property):
         ({"noise.sigma_min": 80.0}, "noise.sigma_min: 80"),
         ({"noise.sigma_data": 0.0}, "noise.sigma_data: 0"),
         ({"network.channels": 24, "network.norm_groups": 7}, "network.norm_groups: 7"),
+        ({"network.patch": 3}, "network.patch: 3"),
         ({"network.blocks": 10**9}, "network.blocks: 1000000000"),
         ({"optimizer.ema_halflife_kimg": (-1.0,)}, "optimizer.ema_halflife_kimg"),
         ({"seed": 2**64}, "--seed: 18446744073709551616"),

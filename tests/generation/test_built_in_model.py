@@ -72,7 +72,7 @@ def test_commands_take_the_name(elsewhere, capsys):
 
 
 def test_its_export_goes_to_the_current_folder():
-    assert str(output_path("", api.Path("mnist"))) == "mnist.onnx"
+    assert str(output_path(True, api.Path("mnist"))) == "mnist.onnx"
 
 
 def test_nothing_is_written_into_it(elsewhere, capsys):

@@ -71,9 +71,11 @@ def test_a_graph_that_cannot_be_captured_is_one_line(monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA error")
 
+    uncaptured = generator("off")
+    uncaptured._pool = uncaptured._stream = None  # what a generator on a device has
     monkeypatch.setattr(generator_module, "CapturedBatch", refuse)
     with caplog.at_level(logging.WARNING, logger="fastcm"):
-        assert generator("off")._captured(None, np.arange(4), None) is None
+        assert uncaptured._captured(None, np.arange(4), None) is None
     assert caplog.records[0].message.startswith("no CUDA graph for batches of 4: operation not permitted when stream is capturing. Images")
 
     def no_room(*arguments, **options):
@@ -81,7 +83,7 @@ def test_a_graph_that_cannot_be_captured_is_one_line(monkeypatch, caplog):
 
     monkeypatch.setattr(generator_module, "CapturedBatch", no_room)
     with pytest.raises(torch.OutOfMemoryError):
-        generator("off")._captured(None, np.arange(4), None)
+        uncaptured._captured(None, np.arange(4), None)
 
 
 def test_choices_are_checked(tmp_path, compilations):

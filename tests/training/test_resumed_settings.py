@@ -97,5 +97,5 @@ def test_a_change_of_settings_is_still_refused():
     old = described(DATA)
     assert "seed: 0 -> 1" in refused(old, described(DATA, seed=1))
     assert "network.dropout: 0.0 -> 0.1" in refused(old, described(DATA, **{"network.dropout": 0.1}))
-    assert "optimizer.ema_rampup: 0.05 -> None" in refused(old, described(DATA, **{"optimizer.ema_rampup": None}))
+    assert "optimizer.ema_rampup: 0.1 -> None" in refused(old, described(DATA, **{"optimizer.ema_rampup": None}))
     assert "may grow, not shrink" in refused(old, described(DATA, duration_kimg=1.0))

@@ -197,7 +197,7 @@ def test_changed_data_is_noticed_on_resume(tmp_path, capsys):
     (source / "labels.csv").write_text("file,label\n" + "".join(f"{i}.png,{(i + 1) % 3}\n" for i in range(6)))
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert "labels.csv changed since" in error and "fingerprint" in error
+    assert "labels.csv changed since" in error and "other data than the run's in --data" in error
 
 
 @pytest.mark.slow
