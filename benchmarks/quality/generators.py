@@ -22,7 +22,6 @@ TEACHER = "runs/digits-edm"
 TRAININGS = {
     ("mnist", "shipped model"): ("mnist", None),
     ("mnist", "`make demo`"): ("runs/mnist", "mnist"),
-    ("mnist", "its teacher, edm"): ("runs/mnist-edm", "mnist --method edm"),
     ("digits", "ict"): ("runs/digits", "digits"),
     ("digits", "edm teacher"): (TEACHER, "digits --method edm"),
     ("digits", "cd, Heun"): ("runs/digits-cd", f"digits --method cd --teacher {TEACHER}"),
