@@ -24,7 +24,7 @@ def blocks(language):
 
 @pytest.mark.slow
 def test_the_python_programs_run(tmp_path):
-    shutil.copy(exported("plain").path, tmp_path / "digits.onnx")
+    shutil.copy(exported("plain").path, tmp_path / "mnist.onnx")
     with_fastcm, without = blocks("python")
     # The classes of the tests' model are 0 to 2.
     with_fastcm = with_fastcm.replace("labels=3", "labels=2") + "\nassert images.shape == (16, 8, 8, 1) and images.std() > 10\n"
@@ -65,8 +65,8 @@ def test_the_cpp_program_draws_the_same_image(tmp_path):
     (tmp_path / "draw.cpp").write_text(source)
     flags = [f"-I{include}", f"-L{root / 'lib'}", "-lonnxruntime", f"-Wl,-rpath,{root / 'lib'}"]
     subprocess.run([compiler, "-std=c++17", "-Wall", "-Werror", "draw.cpp", *flags, "-o", "draw"], check=True, cwd=tmp_path)
-    path = export_onnx(tiny_denoiser(), {}, out=tmp_path / "digits.onnx", seeded=True, uint8=True).path
+    path = export_onnx(tiny_denoiser(), {}, out=tmp_path / "mnist.onnx", seeded=True, uint8=True).path
     for seed, label in ((0, 1), (-1, 2)):
-        subprocess.run(["./draw", "digits.onnx", str(seed), str(label), "out.pgm"], check=True, cwd=tmp_path)
+        subprocess.run(["./draw", "mnist.onnx", str(seed), str(label), "out.pgm"], check=True, cwd=tmp_path)
         pixels = np.frombuffer((tmp_path / "out.pgm").read_bytes().removeprefix(b"P5\n8 8\n255\n"), np.uint8)
         assert np.array_equal(pixels.reshape(1, 8, 8, 1), OnnxGenerator(path)([seed], label))
