@@ -76,11 +76,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert expected <= set(names)
     others = {name for name in names if not name.endswith(".py")}
-    assert {f"fastcm/data/builtin/{name}" for name in ("digits.npz", "DIGITS-LICENSE.txt", "emoji32.npz", "EMOJI32-LICENSE.txt")} <= others
+    assert {
+        f"fastcm/data/builtin/{name}"
+        for name in ("digits.npz", "emoji32.npz", "mnist.npz", "MNIST-LICENSE.txt", "models/mnist/model.safetensors")
+    } <= others
     assert {"fastcm/export/web/index.html", "fastcm/export/web/philox.js", "fastcm/export/cpp/fastcm.hpp"} <= others
     assert not [name for name in others if not name.startswith(("fastcm/data/builtin/", "fastcm/export/"))]
-    assert sorted(licences) == ["DIGITS-LICENSE.txt", "EMOJI32-LICENSE.txt", "LICENSE"]
-    assert wheel.stat().st_size < 4e6
+    assert sorted(licences) == ["DIGITS-LICENSE.txt", "EMOJI32-LICENSE.txt", "LICENSE", "MNIST-LICENSE.txt"]
+    assert wheel.stat().st_size < 8e6
     for extra in ("export", "gpu", "metrics", "lpips", "data", "hub", "serve", "test"):
         assert f"Provides-Extra: {extra}\n" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

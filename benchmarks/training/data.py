@@ -187,7 +187,7 @@ def open_million(folder: Path, args: argparse.Namespace) -> list[Row]:
     (entry / "manifest.json").write_text(json.dumps(manifest))
     source = sources.find(str(root))
     watched = [*map(str, sorted(root.iterdir())), *map(str, paths)]
-    image_cache.remember(cache, source.key(64), entry.name, image_cache.stamps(watched))
+    image_cache.remember(cache, source.key(64, None), entry.name, image_cache.stamps(watched))
     call = {"open": lambda _: open_dataset(root, resolution=64, cache_dir=cache, progress=False).batch(0, 64, seed=0)}
     times = rounds(call, Limits(5 if args.seconds is None else args.seconds, fewest=5, most=50))["open"]
     return [{"bench": "data", "op": "open", "pictures": count, "backend": "fastcm", "p50_ms": rounded(np.median(times))}]

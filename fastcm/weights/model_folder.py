@@ -42,8 +42,8 @@ def write_text(path: Path, content: str) -> None:
 def check_path(path: str | Path, where: str) -> None:
     """InputError for a path with bytes that are not UTF-8: libraries that read and write weights take none."""
     try:
-        str(path).encode()
-    except UnicodeEncodeError:
+        os.fsencode(path).decode()  # the bytes on disk, whatever the locale makes of them
+    except UnicodeDecodeError:
         raise InputError(f"a path that is not UTF-8 in {where}: {str(path)!r}. Rename the folder or file.") from None
 
 

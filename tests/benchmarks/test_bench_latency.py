@@ -51,7 +51,7 @@ def test_latency_rows_and_going_on(tiny, tmp_path, capsys):
     ]
     for row in rows:
         assert row["bench"] == "latency" and row["model"] == "digits" and row["precision"] == "fp32" and row["levels_apart"] <= 1
-        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["rounds"] >= 7
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["rounds"] >= 3
         assert row["images_per_s"] == pytest.approx(1000 * row["batch"] / row["p50_ms"], rel=1e-2)
     assert "speedup_of_fastcm" in rows[0] and "speedup_over_eager" in rows[1]
     assert "p95_ms" in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_latency_of_a_folder_and_of_a_server(tmp_path, capsys):
         *(("torch cpu", batch, part) for batch in (1, 2) for part in ("together", "noise")),
         *(("fastcm serve", batch, part) for batch in (1, 2) for part in ("together", "health")),
     ]
-    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["rounds"] >= 20 for row in rows)
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["rounds"] >= 3 for row in rows)
     assert rows[1]["p50_ms"] < rows[0]["p50_ms"] and rows[5]["p50_ms"] < rows[4]["p50_ms"]  # the noise, the way without images
     assert main(["bench", "latency", url, *options]) == 1
     assert "no answer in FILE|URL" in capsys.readouterr().err

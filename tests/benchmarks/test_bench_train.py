@@ -141,7 +141,7 @@ def test_train_rows_and_going_on(tiny, tmp_path, capsys):
     rows = json.loads(out.read_text())["rows"]
     assert [(row["backend"], row["batch"]) for row in rows] == [("published_step", 8), ("fastcm", 8)]
     for row in rows:
-        assert row["images_per_s"] == pytest.approx(8000 / row["p50_ms"], rel=1e-2) and row["rounds"] >= 5
+        assert row["images_per_s"] == pytest.approx(8000 / row["p50_ms"], rel=1e-2) and row["rounds"] >= 3
         parts = sum(row[f"{phase}_ms"] for phase in step_split.PHASES)
         assert 0.2 * row["p20_ms"] < parts < 5 * row["p80_ms"]
     assert "speedup_of_fastcm" in rows[0] and "speedup_over_published_step" in rows[1] and "mfu_percent" not in rows[0]

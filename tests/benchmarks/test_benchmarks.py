@@ -156,8 +156,8 @@ def test_plain_networks_are_the_same_functions(kind, options):
 @pytest.mark.slow
 def test_defaults_by_device():
     gpu = torch.device("cuda")
-    assert bench_latency.default_models(CPU, True) == ["digits", "colour32"]
-    assert bench_latency.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
+    assert bench_latency.default_models(CPU, True) == ["digits", "mnist", "colour32"]
+    assert bench_latency.default_models(CPU, False) == ["digits", "mnist", "colour32", "cifar10"]
     assert bench_latency.default_models(gpu, False) == list(MODELS)
     job = latency_backends.Job(MODELS["colour32"], 4, CPU, "auto")
     onnx = ["onnxruntime_cpu", "onnxruntime_seeded", "onnxruntime_unfolded"]
@@ -170,8 +170,8 @@ def test_defaults_by_device():
     larger = latency_backends.Job(MODELS["imagenet64"], 16, gpu, "auto")
     assert bench_latency.default_backends(larger, False) == ["eager", "diffusers", "fastcm", "fastcm_compile", "compile"]
     assert {latency_backends.precision_of(name, on_gpu) for name in ("eager", "diffusers", "fastcm", "compile")} == {"bf16"}
-    assert bench_train.default_models(gpu, False) == list(MODELS) and bench_train.default_models(CPU, True) == ["digits"]
-    assert bench_train.default_models(CPU, False) == ["digits", "colour32", "cifar10"]
+    assert bench_train.default_models(gpu, False) == list(MODELS) and bench_train.default_models(CPU, True) == ["digits", "mnist"]
+    assert bench_train.default_models(CPU, False) == ["digits", "mnist", "colour32", "cifar10"]
     digits, larger = MODELS["digits"], MODELS["cifar10"]
     assert bench_train.default_backends(larger, 128, gpu, False) == ["published_step", "fastcm", "compile"]
     assert bench_train.default_backends(larger, 2, CPU, False) == ["published_step", "fastcm"]

@@ -93,7 +93,7 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_fp16_that_fits_at_no_scale_ends_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, "gradient", VALUES["NaN"], range(100))
-    with pytest.raises(RunError, match=r"loss scale of fp16 below 1 .*use --precision bf16"):
+    with pytest.raises(RunError, match=r"loss scale of fp16 below 1 .*Use --precision bf16"):
         small_run(tmp_path / "run", kimg=0.4, precision="fp16")
     scale = LossScale(torch.device("cpu"))
     for _ in range(20):

@@ -296,8 +296,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_nan_weights_give_an_error_not_a_picture(tmp_path, path):
     model = onnx.load(path)
-    bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [1] and tensor.data_type == TensorProto.FLOAT)
-    bias.raw_data = np.array([np.nan], np.float32).tobytes()
+    bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [4] and tensor.data_type == TensorProto.FLOAT)
+    bias.raw_data = np.full(4, np.nan, np.float32).tobytes()
     broken = tmp_path / "nan.onnx"
     broken.write_bytes(model.SerializeToString())
     with pytest.raises(RunError, match="non-finite pixels in the image of seed 0"):

@@ -80,7 +80,7 @@ def test_dry_run_prints_the_plan_and_creates_nothing(tmp_path, capsys, monkeypat
     assert cli.main(["train", "--config", str(file), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "426,865 parameters" in out and '"s1": 20' in out and "radam 0.001" in out
-    rows = [line.split() for line in out.splitlines() if line.startswith("     ") and "kimg" not in line]
+    rows = [line.split() for line in out.splitlines() if line.startswith("     ") and "kimg" not in line and "," not in line]
     assert [row[2] for row in rows[:9]][0] == "2" and [row[2] for row in rows[:9]][-1] == "21"
     assert [p.name for p in tmp_path.iterdir()] == ["run.toml"]
 

@@ -158,7 +158,7 @@ def test_the_scale_is_resumed_and_its_underflow_ends_the_run(tmp_path, monkeypat
     assert models[0] == models[1]
     original = Trainer.losses
     monkeypatch.setattr(Trainer, "losses", lambda self, batch: original(self, batch) * float("nan"))
-    with pytest.raises(RunError, match=r"--precision: fp16 .*use --precision bf16"):
+    with pytest.raises(RunError, match=r"--precision: fp16 .*Use --precision bf16"):
         small_run(tmp_path / "other", kimg=0.48, precision="fp16")
 
 
