@@ -18,7 +18,7 @@ def newest(data):
     return next((results, rows) for results, rows in reversed(found) if rows)
 
 
-@pytest.mark.parametrize("data", ["digits"])
+@pytest.mark.parametrize("data", PAGES)
 def test_pages_show_the_newest_results(data):
     results, rows = newest(data)
     assert table(results, data) in PAGES[data].read_text(encoding="utf-8")
@@ -31,6 +31,8 @@ def test_the_models_are_as_good_as_the_pages_promise():
 
     one, _ = one_and_two("digits", "ict")
     assert one["accuracy"] >= 0.98 and one["fd_ratio"] <= 1.3 and one["copies"] == 0 and one["count"] == 1797
+    one, two = one_and_two("mnist", "`make demo`")
+    assert one["accuracy"] >= 0.96 and one["fd_ratio"] <= 8 and two["fd_ratio"] < one["fd_ratio"] and one["copies"] == 0
 
 
 def test_docs_show_the_newest_search():
