@@ -68,7 +68,7 @@ TABLES = {
             "channels": field("channels"),
             "weights": lambda row: f"{row['parameters'] / 1e6:.2g} M",
             "memory of a step": field("memory_gb", "{:.2g} GB"),
-            "images/s": field("images_per_s", "{:.3g}"),
+            "images/s, threads": lambda row: f"{row['images_per_s']:.3g}, {row['threads']}",
             "the default run": lambda row: f"{row['kimg']:g} kimg, {row['hours']:.2g} h",
         },
     ),
