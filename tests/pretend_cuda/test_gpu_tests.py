@@ -29,7 +29,7 @@ def run(paths, seconds):
     return {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|skipped|failed)", done.stdout.splitlines()[-1])}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_pretended_devices():
     assert run(QUICK, 300)["passed"] >= 25
 
