@@ -58,8 +58,7 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"unknown {action.dest.replace('_', '-')} in {where}: {value}. {remedy}")
 
     def _get_value(self, action: argparse.Action, text: str) -> object:
-        # A command hands all that follows through; an option without its value (`--onnx`) stands for its constant.
-        if action.nargs != argparse.PARSER and not (action.nargs == argparse.OPTIONAL and text == action.const):
+        if action.nargs != argparse.PARSER:  # which hands all that follows the command through
             check_given("/".join(action.option_strings) or str(action.metavar or action.dest), text)
         convert = self._registry_get("type", action.type, action.type)
         try:
