@@ -19,8 +19,9 @@ from fastcm.errors import InputError, check_given, nearest, shown
 from fastcm.evaluation import check_judged
 from fastcm.generation.generator import Generator
 from fastcm.generation.request import is_diffusion
-from fastcm.training.config import TAUGHT_METHODS, TrainConfig, override
+from fastcm.training.config import TrainConfig, override
 from fastcm.training.config_file import flat, read_config_file
+from fastcm.training.methods import TAUGHT_METHODS
 from fastcm.training.parallel import Processes, joined
 from fastcm.training.quantities import kimg, seconds
 from fastcm.training.run import RunResult, check_network, run

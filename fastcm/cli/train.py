@@ -188,7 +188,7 @@ def class_lines(dataset) -> list[str]:
 def print_schedule(config) -> None:
     """Parameters, and what changes over the run, in eighths of it: the learning rate and what of the schedules the method reads."""
     from fastcm import networks
-    from fastcm.training.config import FIELDS_OF
+    from fastcm.training.methods import FIELDS_OF
     from fastcm.training.schedule import step_values
 
     print(f"weights  {networks.parameter_count(config.network):,} parameters")

@@ -6,7 +6,9 @@ from typing import Any
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.data.dataset import Dataset
 from fastcm.presets.settings import check_method, noise, objective
-from fastcm.training.config import METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
+from fastcm.training.config import OptimizerConfig, TrainConfig
+from fastcm.training.methods import METHODS
+from fastcm.training.objective_config import ObjectiveConfig
 
 LOWEST_SIDE = 8  # levels are added until one has at most so many places a side
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest
-from fastcm.training.config import BOUNDARY_METHODS, CONTINUOUS_METHODS, METHODS, ObjectiveConfig, OptimizerConfig, TrainConfig
+from fastcm.training.config import OptimizerConfig, TrainConfig
+from fastcm.training.methods import BOUNDARY_METHODS, CONTINUOUS_METHODS, METHODS
+from fastcm.training.objective_config import ObjectiveConfig
 
 TRIGFLOW_TWO_STEP = 0.5 * math.tan(1.1)  # sigma of the second of scd's and sct's two steps, t = 1.1 (Lu and Song 2024, Appendix G)
 

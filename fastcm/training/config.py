@@ -3,126 +3,18 @@
 import contextlib
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastcm.consistency.curriculum import CURRICULA, MU_SCHEDULES
-from fastcm.consistency.denoiser import BOUNDARY_FORMS, Preconditioning
-from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
-from fastcm.consistency.solver import STEPS
-from fastcm.consistency.tangent import TANGENTS
+from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest, shown
 from fastcm.generation.request import SEED_RANGE, signed
-from fastcm.networks.checks import is_number
+from fastcm.training.methods import CONTINUOUS_METHODS, FIELDS_OF, METHODS, TAUGHT_METHODS, form_of
+from fastcm.training.objective_config import ObjectiveConfig
+from fastcm.training.setting_checks import check_choice, check_number
 
-METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct")
-CONTINUOUS_METHODS = ("scd", "sct")
-TAUGHT_METHODS = ("cd", "scd")  # those that read a diffusion teacher
-BOUNDARY_METHODS = ("cd", "ct", "ict")  # those whose denoiser is the identity at sigma_min rather than at 0
-PAIRS = ("uniform", "log-normal", "ect")
-DISTANCES = (*PIXEL_DISTANCES, "lpips", "classifier")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("radam", "adamw")
-
-
-def form_of(method: str, base: str) -> str:
-    """The form that the method trains, of a network that predicts `base` (denoiser.BASES): the identity at sigma_min for the methods on a
-    grid, at 0 for those of continuous time, where "sample" has no identity of its own."""
-    identity = method in BOUNDARY_METHODS or (method != "edm" and base == "sample")
-    return BOUNDARY_FORMS[base] if identity else base
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown value in {name}: {value}. Use one of {', '.join(choices)}.{nearest(str(value), choices)}")
-
-
-def _number(name: str, value: object, low: float, high: float = math.inf, *, whole: bool = False, open_low: bool = False) -> None:
-    good = is_number(value) and (isinstance(value, int) or not whole)
-    if not good or value > high or (value <= low if open_low else value < low):
-        what = "a whole number" if whole else "a finite number"
-        bound = f"above {low:g}" if open_low else f"of at least {low:g}"
-        upper = "" if high == math.inf else f" and at most {high:g}"
-        raise InputError(f"illegal value in {name}: {value}. Give {what} {bound}{upper}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The loss; `FIELDS_OF` says which method reads which field.
-
-    distance: l1, l2 (mean over the image), pseudo_huber with huber_c = 0.00054 sqrt(C H W) where None (iCT, section 3.3), lpips, or
-      classifier: the features of a classifier trained on the run's own labelled pictures.
-    pairs: how two levels are drawn: "uniform" over the grid (CM), "log-normal" over it (iCT, with P_mean and P_std), or "ect": log-normal
-      and without a grid, with ect_q, ect_k, ect_b of its map (`noise_schedule.ect_pair`).
-    curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
-    tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight: of continuous-time methods
-      (`objective.continuous_loss`).
-    """
-
-    distance: str = "l2"
-    huber_c: float | None = None
-    loss_weight: str = "uniform"
-    pairs: str = "uniform"
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    curriculum: str = "fixed"
-    s0: int = 18
-    s1: int = 18
-    mu_schedule: str = "fixed"
-    mu0: float = 0.0
-    solver: str = "heun"
-    ect_q: float = 2.0
-    ect_k: float = 8.0
-    ect_b: float = 1.0
-    tangent: str = "jvp"
-    tangent_step: float = 1e-3
-    tangent_c: float = 0.1
-    tangent_warmup_kimg: float = 0.0
-    adaptive_weight: bool = True
-
-    def __post_init__(self):
-        for name, choices in (
-            ("distance", DISTANCES),
-            ("loss_weight", LOSS_WEIGHTS),
-            ("pairs", PAIRS),
-            ("curriculum", CURRICULA),
-            ("mu_schedule", MU_SCHEDULES),
-            ("solver", tuple(STEPS)),
-            ("tangent", TANGENTS),
-            ("adaptive_weight", (True, False)),
-        ):
-            _choice(f"objective.{name}", getattr(self, name), choices)
-        if self.huber_c is not None:
-            _number("objective.huber_c", self.huber_c, 0)
-        _number("objective.P_mean", self.P_mean, -math.inf)
-        _number("objective.P_std", self.P_std, 0, open_low=True)
-        stages = self.curriculum == "stages"
-        _number("objective.s0", self.s0, 1 if stages else 2, whole=True)
-        _number("objective.s1", self.s1, self.s0, whole=True)
-        if stages != (self.pairs == "ect"):
-            raise InputError(f"curriculum of other pairs in objective.curriculum: {self.curriculum}. Pairs of ect take stages.")
-        _number("objective.ect_q", self.ect_q, 1, open_low=True)
-        _number("objective.ect_k", self.ect_k, 0)
-        _number("objective.ect_b", self.ect_b, 0)
-        _number("objective.tangent_step", self.tangent_step, 0, 1, open_low=True)
-        _number("objective.tangent_c", self.tangent_c, 0)
-        _number("objective.tangent_warmup_kimg", self.tangent_warmup_kimg, 0)
-        _number("objective.mu0", self.mu0, 0, 1)
-
-
-# The fields of ObjectiveConfig that each method reads. A change of any other would be ignored, and is refused.
-_PAIR_FIELDS = ("distance", "huber_c", "loss_weight", "pairs", "P_mean", "P_std", "curriculum", "s0", "s1", "mu_schedule", "mu0")
-_TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_step", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
-FIELDS_OF = {
-    "edm": ("P_mean", "P_std"),
-    "cd": (*_PAIR_FIELDS, "solver"),
-    "ct": _PAIR_FIELDS,
-    "ict": _PAIR_FIELDS,
-    "ect": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b"),
-    "scd": _TANGENT_FIELDS,
-    "sct": _TANGENT_FIELDS,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,24 +38,24 @@ class OptimizerConfig:
     ema_rampup: float | None = 0.05
 
     def __post_init__(self):
-        _choice("optimizer.kind", self.kind, OPTIMIZERS)
-        _choice("optimizer.lr_decay", self.lr_decay, ("none", "linear"))
-        _number("--lr", self.lr, 0, open_low=True)
+        check_choice("optimizer.kind", self.kind, OPTIMIZERS)
+        check_choice("optimizer.lr_decay", self.lr_decay, ("none", "linear"))
+        check_number("--lr", self.lr, 0, open_low=True)
         if len(self.betas) != 2:
             raise InputError(f"illegal value in optimizer.betas: {list(self.betas)}. Give two numbers, as 0.9,0.999.")
         for beta in self.betas:
-            _number("optimizer.betas", beta, 0, 1)
-        _number("optimizer.eps", self.eps, 0, open_low=True)
-        _number("optimizer.weight_decay", self.weight_decay, 0)
-        _number("optimizer.lr_warmup_kimg", self.lr_warmup_kimg, 0)
+            check_number("optimizer.betas", beta, 0, 1)
+        check_number("optimizer.eps", self.eps, 0, open_low=True)
+        check_number("optimizer.weight_decay", self.weight_decay, 0)
+        check_number("optimizer.lr_warmup_kimg", self.lr_warmup_kimg, 0)
         if self.clip is not None:
-            _number("optimizer.clip", self.clip, 0, open_low=True)
+            check_number("optimizer.clip", self.clip, 0, open_low=True)
         if self.ema_rampup is not None:
-            _number("optimizer.ema_rampup", self.ema_rampup, 0, open_low=True)
+            check_number("optimizer.ema_rampup", self.ema_rampup, 0, open_low=True)
         if not self.ema_halflife_kimg:
             raise InputError("no average in optimizer.ema_halflife_kimg: []. Give at least one half-life.")
         for halflife in self.ema_halflife_kimg:
-            _number("optimizer.ema_halflife_kimg", halflife, 0, open_low=True)
+            check_number("optimizer.ema_halflife_kimg", halflife, 0, open_low=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,16 +92,16 @@ class TrainConfig:
     sampling: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
-        _choice("--method", self.method, METHODS)
-        _choice("--precision", self.precision, PRECISIONS)
-        _choice("--device", self.device, ("auto", "cpu", "cuda"))
-        _choice("--compile", self.compile, ("auto", "on", "off"))
-        _choice("--bad-images", self.bad_images, ("fail", "skip"))
-        _number("--duration", self.duration_kimg, 0, open_low=True)
-        _number("--batch", self.batch, 1, whole=True)
+        check_choice("--method", self.method, METHODS)
+        check_choice("--precision", self.precision, PRECISIONS)
+        check_choice("--device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("--compile", self.compile, ("auto", "on", "off"))
+        check_choice("--bad-images", self.bad_images, ("fail", "skip"))
+        check_number("--duration", self.duration_kimg, 0, open_low=True)
+        check_number("--batch", self.batch, 1, whole=True)
         if self.microbatch is not None:
-            _number("--microbatch", self.microbatch, 1, whole=True)
-        _number("--checkpoint-every", self.checkpoint_every_s, 0)
+            check_number("--microbatch", self.microbatch, 1, whole=True)
+        check_number("--checkpoint-every", self.checkpoint_every_s, 0)
         for name in ("teacher", "init", "lpips_weights", "labels_file"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
@@ -221,7 +113,7 @@ class TrainConfig:
         object.__setattr__(self, "seed", signed(self.seed))
         for name in ("evaluate_every_kimg", "sample_every_kimg"):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0, open_low=True)
+                check_number(name, getattr(self, name), 0, open_low=True)
         if self.method not in TAUGHT_METHODS and self.teacher is not None:
             raise InputError(
                 f"unused option with --method {self.method}: --teacher {self.teacher}. "
@@ -255,7 +147,7 @@ class TrainConfig:
 
 def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tuple[str, ...]) -> TrainConfig:
     """Returns config with `changes`, whose keys are field names, dotted for the nested ones (`network.channels`)."""
-    _choice("--method", changes.get("method", config.method), METHODS)
+    check_choice("--method", changes.get("method", config.method), METHODS)
     try:
         return _overridden(config, changes, network_fields)
     except InputError:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcm.errors import InputError
-from fastcm.training.config import FIELDS_OF, TrainConfig
+from fastcm.training.config import TrainConfig
+from fastcm.training.methods import FIELDS_OF
 from fastcm.training.resumed_settings import FACTS
 
 SECTIONS = ("noise", "objective", "optimizer", "network")

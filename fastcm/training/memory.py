@@ -21,9 +21,10 @@ from fastcm.data.dataset import Dataset
 from fastcm.evaluation.features import LARGEST_SIDE, JudgeNetwork
 from fastcm.generation.devices import choose_device
 from fastcm.kernels import philox
-from fastcm.training.config import TAUGHT_METHODS, TrainConfig
+from fastcm.training.config import TrainConfig
 from fastcm.training.feature_distance import ClassifierDistance
 from fastcm.training.method_loss import Guides
+from fastcm.training.methods import TAUGHT_METHODS
 from fastcm.training.run import build_network, resolve_precision, target_of
 from fastcm.training.schedule import step_values
 from fastcm.training.trainer import Trainer, piece

@@ -11,7 +11,8 @@ from fastcm.consistency.log_weight import LogWeight
 from fastcm.consistency.objective import Batch, FeatureDistance, TeacherStep, consistency_loss, continuous_loss, edm_loss, loss_weight
 from fastcm.consistency.solver import solver_step
 from fastcm.consistency.tangent import network_tangent
-from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig
+from fastcm.training.config import TrainConfig
+from fastcm.training.methods import CONTINUOUS_METHODS
 from fastcm.training.schedule import sigma_draw, sigma_pair
 from fastcm.training.step_scalars import StepScalars
 

@@ -13,9 +13,10 @@ from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.devices import choose_device
 from fastcm.training.checkpoint import complete_steps
-from fastcm.training.config import FIELDS_OF, TrainConfig
+from fastcm.training.config import TrainConfig
 from fastcm.training.feature_distance import feature_distance
 from fastcm.training.method_loss import Guides
+from fastcm.training.methods import FIELDS_OF
 from fastcm.training.parallel import Processes
 from fastcm.training.resumed_settings import settings
 from fastcm.training.run_folder import RunFolder

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastcm.consistency import curriculum, noise_schedule
-from fastcm.training.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from fastcm.training.config import OptimizerConfig, TrainConfig
+from fastcm.training.objective_config import ObjectiveConfig
 
 
 @dataclass(frozen=True)

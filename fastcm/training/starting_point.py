@@ -10,7 +10,8 @@ from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
-from fastcm.training.config import CONTINUOUS_METHODS, TrainConfig, form_of
+from fastcm.training.config import TrainConfig
+from fastcm.training.methods import CONTINUOUS_METHODS, form_of
 from fastcm.weights.model_folder import network_config
 
 DIFFERENCE_STEP = 0.05  # of ln(sigma): a derivative in a chain's step is mostly that of the embedding's fast sines

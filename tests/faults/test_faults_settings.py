@@ -14,8 +14,10 @@ from training_runs import small_run
 from fastcm import networks, presets, runs
 from fastcm.errors import InputError
 from fastcm.training.checkpoint import read_checkpoint, save_checkpoint
-from fastcm.training.config import FIELDS_OF, ObjectiveConfig, OptimizerConfig, TrainConfig, override
+from fastcm.training.config import OptimizerConfig, TrainConfig, override
 from fastcm.training.config_file import read_config_file
+from fastcm.training.methods import FIELDS_OF
+from fastcm.training.objective_config import ObjectiveConfig
 
 NUMBERS = st.one_of(st.integers(-3, 200), st.integers(), st.floats(), st.sampled_from([0, 1, -1, 0.5, 1e-30, 1e30, 2**31, 2**63]))
 VALUES = st.recursive(

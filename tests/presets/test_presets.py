@@ -11,7 +11,8 @@ import torch
 
 from fastcm import networks, presets, runs
 from fastcm.errors import InputError
-from fastcm.training.config import FIELDS_OF, METHODS, TAUGHT_METHODS, ObjectiveConfig
+from fastcm.training.methods import FIELDS_OF, METHODS, TAUGHT_METHODS
+from fastcm.training.objective_config import ObjectiveConfig
 from fastcm.training.schedule import step_values
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "presets.md"

@@ -1,0 +1,29 @@
+"""The methods, what kind each is, and which of the loss's settings it reads."""
+
+from fastcm.consistency.denoiser import BOUNDARY_FORMS
+
+METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct")
+CONTINUOUS_METHODS = ("scd", "sct")
+TAUGHT_METHODS = ("cd", "scd")  # those that read a diffusion teacher
+BOUNDARY_METHODS = ("cd", "ct", "ict")  # those whose denoiser is the identity at sigma_min rather than at 0
+
+
+def form_of(method: str, base: str) -> str:
+    """The form that the method trains, of a network that predicts `base` (denoiser.BASES): the identity at sigma_min for the methods on a
+    grid, at 0 for those of continuous time, where "sample" has no identity of its own."""
+    identity = method in BOUNDARY_METHODS or (method != "edm" and base == "sample")
+    return BOUNDARY_FORMS[base] if identity else base
+
+
+# The fields of ObjectiveConfig that each method reads. A change of any other would be ignored, and is refused.
+_PAIR_FIELDS = ("distance", "huber_c", "loss_weight", "pairs", "P_mean", "P_std", "curriculum", "s0", "s1", "mu_schedule", "mu0")
+_TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_step", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
+FIELDS_OF = {
+    "edm": ("P_mean", "P_std"),
+    "cd": (*_PAIR_FIELDS, "solver"),
+    "ct": _PAIR_FIELDS,
+    "ict": _PAIR_FIELDS,
+    "ect": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b"),
+    "scd": _TANGENT_FIELDS,
+    "sct": _TANGENT_FIELDS,
+}

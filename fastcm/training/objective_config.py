@@ -1,0 +1,78 @@
+"""The settings of a loss, which check themselves."""
+
+import math
+from dataclasses import dataclass
+
+from fastcm.consistency.curriculum import CURRICULA, MU_SCHEDULES
+from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
+from fastcm.consistency.solver import STEPS
+from fastcm.consistency.tangent import TANGENTS
+from fastcm.errors import InputError
+from fastcm.training.setting_checks import check_choice, check_number
+
+PAIRS = ("uniform", "log-normal", "ect")
+DISTANCES = (*PIXEL_DISTANCES, "lpips", "classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss; `methods.FIELDS_OF` says which method reads which field.
+
+    distance: l1, l2 (mean over the image), pseudo_huber with huber_c = 0.00054 sqrt(C H W) where None (iCT, section 3.3), lpips, or
+      classifier: the features of a classifier trained on the run's own labelled pictures.
+    pairs: how two levels are drawn: "uniform" over the grid (CM), "log-normal" over it (iCT, with P_mean and P_std), or "ect": log-normal
+      and without a grid, with ect_q, ect_k, ect_b of its map (`noise_schedule.ect_pair`).
+    curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
+    tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight: of continuous-time methods
+      (`objective.continuous_loss`).
+    """
+
+    distance: str = "l2"
+    huber_c: float | None = None
+    loss_weight: str = "uniform"
+    pairs: str = "uniform"
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    curriculum: str = "fixed"
+    s0: int = 18
+    s1: int = 18
+    mu_schedule: str = "fixed"
+    mu0: float = 0.0
+    solver: str = "heun"
+    ect_q: float = 2.0
+    ect_k: float = 8.0
+    ect_b: float = 1.0
+    tangent: str = "jvp"
+    tangent_step: float = 1e-3
+    tangent_c: float = 0.1
+    tangent_warmup_kimg: float = 0.0
+    adaptive_weight: bool = True
+
+    def __post_init__(self):
+        for name, choices in (
+            ("distance", DISTANCES),
+            ("loss_weight", LOSS_WEIGHTS),
+            ("pairs", PAIRS),
+            ("curriculum", CURRICULA),
+            ("mu_schedule", MU_SCHEDULES),
+            ("solver", tuple(STEPS)),
+            ("tangent", TANGENTS),
+            ("adaptive_weight", (True, False)),
+        ):
+            check_choice(f"objective.{name}", getattr(self, name), choices)
+        if self.huber_c is not None:
+            check_number("objective.huber_c", self.huber_c, 0)
+        check_number("objective.P_mean", self.P_mean, -math.inf)
+        check_number("objective.P_std", self.P_std, 0, open_low=True)
+        stages = self.curriculum == "stages"
+        check_number("objective.s0", self.s0, 1 if stages else 2, whole=True)
+        check_number("objective.s1", self.s1, self.s0, whole=True)
+        if stages != (self.pairs == "ect"):
+            raise InputError(f"curriculum of other pairs in objective.curriculum: {self.curriculum}. Pairs of ect take stages.")
+        check_number("objective.ect_q", self.ect_q, 1, open_low=True)
+        check_number("objective.ect_k", self.ect_k, 0)
+        check_number("objective.ect_b", self.ect_b, 0)
+        check_number("objective.tangent_step", self.tangent_step, 0, 1, open_low=True)
+        check_number("objective.tangent_c", self.tangent_c, 0)
+        check_number("objective.tangent_warmup_kimg", self.tangent_warmup_kimg, 0)
+        check_number("objective.mu0", self.mu0, 0, 1)
