@@ -21,7 +21,7 @@ from types import ModuleType
 import fastcm
 from fastcm.errors import InputError, PeerError, RunError, check_given, nearest, reason_of
 
-COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "serve", "info", "bench")
+COMMANDS = ("train", "sample", "edit", "evaluate", "export", "convert", "average", "serve", "info", "bench")
 EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPT, EXIT_PIPE = 2, 1, 130, 141
 MOST_CHARACTERS = 1000  # of a message
 # What takes less memory, by the options that a command has.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +167,19 @@ def print_plan(ready) -> None:
     if config.teacher is not None or config.init is not None:
         noise = config.noise
         print(f"noise    {noise.form} form, sigma {noise.sigma_min:.4g} to {noise.sigma_max:.4g}, c_noise {noise.c_noise}")
+    print_disk(config)
     print(f"out      {ready.out}", flush=True)
+
+
+def print_disk(config) -> None:
+    """What the run's snapshots will take: its only files whose number grows."""
+    from fastcm import networks
+
+    every = config.optimizer.snapshot_every_kimg
+    if every is not None and config.network.get("kind") in networks.KINDS:
+        each = 4e-9 * networks.parameter_count(config.network) * len(config.optimizer.ema_widths)
+        count = math.ceil(config.duration_kimg / every)
+        print(f"disk     {count:,} snapshots of {each:.3g} GB, {count * each:.3g} GB in all")
 
 
 def class_lines(dataset) -> list[str]:

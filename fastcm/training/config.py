@@ -24,6 +24,8 @@ class OptimizerConfig:
     lr: peak learning rate; lr_warmup_kimg: linear rise; lr_decay: "linear" to zero at the end of the run, or "none".
     clip: the gradient's largest L2 norm, None for no limit. ema_halflife_kimg: evaluation averages, in thousands of images;
     ema_rampup: an average's half-life is at most this share of the images seen (Karras et al. 2022, code), None for no limit.
+    ema_widths: averages by power functions beside them, each by its relative width (`power_average`). snapshot_every_kimg: how often those
+      are stored, from which `fastcm average` makes others; None: never.
     """
 
     kind: str = "radam"
@@ -36,6 +38,8 @@ class OptimizerConfig:
     lr_decay: str = "none"
     ema_halflife_kimg: tuple[float, ...] = (500.0,)
     ema_rampup: float | None = 0.05
+    ema_widths: tuple[float, ...] = ()
+    snapshot_every_kimg: float | None = None
 
     def __post_init__(self):
         check_choice("optimizer.kind", self.kind, OPTIMIZERS)
@@ -52,10 +56,22 @@ class OptimizerConfig:
             check_number("optimizer.clip", self.clip, 0, open_low=True)
         if self.ema_rampup is not None:
             check_number("optimizer.ema_rampup", self.ema_rampup, 0, open_low=True)
-        if not self.ema_halflife_kimg:
-            raise InputError("no average in optimizer.ema_halflife_kimg: []. Give at least one half-life.")
+        if not self.averages:
+            raise InputError("no average in optimizer.ema_halflife_kimg: []. Give at least one half-life, or optimizer.ema_widths.")
         for halflife in self.ema_halflife_kimg:
             check_number("optimizer.ema_halflife_kimg", halflife, 0, open_low=True)
+        for width in self.ema_widths:
+            check_number("optimizer.ema_widths", width, 0, 0.288, open_low=True)
+        if self.snapshot_every_kimg is not None:
+            check_number("optimizer.snapshot_every_kimg", self.snapshot_every_kimg, 0, open_low=True)
+            if not self.ema_widths:
+                every = f"{self.snapshot_every_kimg:g}"
+                raise InputError(f"nothing to store in optimizer.snapshot_every_kimg: {every}. Give optimizer.ema_widths, as 0.05,0.1.")
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The averages' names in their order; the first is the model's."""
+        return tuple([f"{halflife:g}kimg" for halflife in self.ema_halflife_kimg] + [f"width-{width:g}" for width in self.ema_widths])
 
 
 @dataclass(frozen=True, kw_only=True)

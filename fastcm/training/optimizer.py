@@ -25,7 +25,7 @@ class FlatOptimizer:
         master = self.buffers["weights"]
         if target is not None:
             self.buffers["target"] = master.clone()
-        for index in range(len(config.ema_halflife_kimg)):
+        for index in range(len(config.averages)):
             self.buffers[f"ema_{index}"] = master.clone()
         self.buffers["exp_avg"], self.buffers["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         self.steps_taken = torch.zeros(1, dtype=torch.int64, device=master.device)  # updates applied; a skipped step does not count
@@ -116,7 +116,7 @@ class FlatOptimizer:
             clip=config.clip,
             target=buffers.get("target"),
             mu=mu if self.target is not None else None,
-            averages=tuple(buffers[f"ema_{i}"] for i in range(len(config.ema_halflife_kimg))),
+            averages=tuple(buffers[f"ema_{i}"] for i in range(len(config.averages))),
             decays=ema_decays,
             low_precision=self.low_precision,
             target_low_precision=self.target_low_precision,

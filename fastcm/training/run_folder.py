@@ -21,7 +21,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 class RunFolder:
-    """`config.json`, `log.jsonl`, `samples/`, `checkpoints/`, `model/`.
+    """`config.json`, `log.jsonl`, `samples/`, `checkpoints/`, `snapshots/`, `model/`.
 
     Opening it takes the folder's lock, and writes the settings or checks that they are the run's.
     """
@@ -76,6 +76,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
 
     @property
     def model(self) -> Path:

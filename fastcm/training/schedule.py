@@ -7,6 +7,7 @@ from torch import Tensor
 from fastcm.consistency import curriculum, noise_schedule
 from fastcm.training.config import OptimizerConfig, TrainConfig
 from fastcm.training.objective_config import ObjectiveConfig
+from fastcm.training.power_average import power_decay
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ def step_values(config: TrainConfig, nimg: int) -> StepValues:
     objective = config.objective
     steps = curriculum.discretization_steps(objective.curriculum, progress, s0=objective.s0, s1=objective.s1)
     mu = curriculum.target_decay(objective.mu_schedule, steps, s0=objective.s0, mu0=objective.mu0)
-    decays = tuple(ema_decay(config.optimizer, halflife, nimg=nimg, batch=config.batch) for halflife in config.optimizer.ema_halflife_kimg)
+    decays = [ema_decay(config.optimizer, halflife, nimg=nimg, batch=config.batch) for halflife in config.optimizer.ema_halflife_kimg]
+    decays += [power_decay(width, nimg // config.batch + 1) for width in config.optimizer.ema_widths]
     warmup_nimg = objective.tangent_warmup_kimg * 1000
     warmup = 1.0 if warmup_nimg == 0 else min(nimg / warmup_nimg, 1.0)
-    return StepValues(learning_rate(config.optimizer, nimg=nimg, total_nimg=total_nimg), decays, steps, mu, warmup)
+    return StepValues(learning_rate(config.optimizer, nimg=nimg, total_nimg=total_nimg), tuple(decays), steps, mu, warmup)
 
 
 def learning_rate(optimizer: OptimizerConfig, *, nimg: int, total_nimg: int) -> float:

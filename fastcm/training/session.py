@@ -20,6 +20,7 @@ from fastcm.training.monitor import Monitor
 from fastcm.training.run_folder import RunFolder
 from fastcm.training.run_logs import RunLog
 from fastcm.training.signals import StopRequest
+from fastcm.training.snapshots import cut_snapshots, write_snapshot
 from fastcm.training.trainer import Callbacks, Progress, Trainer
 from fastcm.weights.model_folder import save_model
 
@@ -60,6 +61,7 @@ class Session:
             if self.folder.read_log():
                 print(f"fastcm: no checkpoint in {self.folder.checkpoints}: from the beginning", file=sys.stderr)
             self.folder.cut_log(-1)
+            cut_snapshots(self.folder.snapshots, -1)
             return
         parts, state = found
         for what, now in (("threads", torch.get_num_threads()), ("processes", self.processes.size)):
@@ -69,6 +71,7 @@ class Session:
         self.trainer.restore(parts, state)
         self.best = state.get("best")
         self.folder.cut_log(self.trainer.nimg)
+        cut_snapshots(self.folder.snapshots, self.trainer.step)
         print(
             f"fastcm: resumed at {self.trainer.nimg / 1000:g} of {self.trainer.total_nimg / 1000:g} kimg in {self.folder.path}",
             file=sys.stderr,
@@ -128,17 +131,21 @@ class Session:
         signal, save = self.processes.agree(self.request.signal or 0, int(self._save_is_due()))
         sample = _due(nimg, config.batch, config.sample_every_kimg)
         evaluate = _due(nimg, config.batch, config.evaluate_every_kimg)
+        every = config.optimizer.snapshot_every_kimg
+        snapshot = _due(nimg, config.batch, every) or (every is not None and nimg >= self.trainer.total_nimg)
         if self.folder is not None:
             self.monitor.advance(nimg)
-            if sample or evaluate or save:
+            if sample or evaluate or save or snapshot:
                 self.folder.check_present()
+            if snapshot:
+                self._snapshot()
             if sample:
                 self.monitor.sample(self._generator())
             if evaluate:
                 self._evaluate()
         if save:
             self._checkpoint()
-        if sample or evaluate or save:
+        if sample or evaluate or save or snapshot:
             self.processes.barrier()
         self.signal = signal or None
         return self.signal is None
@@ -157,6 +164,12 @@ class Session:
         self.folder.check_present()
         parts, state = self.trainer.state()
         save_checkpoint(self.folder.checkpoints, step=self.trainer.step, parts=parts, state={**state, "best": self.best})
+
+    def _snapshot(self) -> None:
+        """Stores the averages by power functions as they stand."""
+        optimizer, settings = self.trainer.optimizer, self.config.optimizer
+        stored = [(index, name) for index, name in enumerate(settings.averages) if index >= len(settings.ema_halflife_kimg)]
+        write_snapshot(self.folder.snapshots, self.trainer.step, {name: optimizer.average(index) for index, name in stored})
 
     def _evaluate(self) -> None:
         figures = self.monitor.evaluate(self._generator())
@@ -186,8 +199,10 @@ class Session:
             "dataset": dataset.fingerprint,
             "nimg": self.trainer.nimg,
             "seed": config.seed,
-            "ema_halflife_kimg": config.optimizer.ema_halflife_kimg[index],
         }
+        halflives, widths = config.optimizer.ema_halflife_kimg, config.optimizer.ema_widths
+        is_power = index >= len(halflives)
+        training["ema_width" if is_power else "ema_halflife_kimg"] = widths[index - len(halflives)] if is_power else halflives[index]
         return {
             "classes": list(dataset.class_names) if dataset.class_names else None,
             "resolution": dataset.resolution,
@@ -198,9 +213,9 @@ class Session:
         }
 
     def _save_models(self, folder: Path, name: str) -> None:
-        """Writes the first average as the model folder `name`, and each other one as `name`-ema-<half-life>kimg."""
-        for index, halflife in enumerate(self.config.optimizer.ema_halflife_kimg):
-            path = folder / (name if index == 0 else f"{name}-ema-{halflife:g}kimg")
+        """Writes the first average as the model folder `name`, each other as `name`-ema-<half-life>kimg or `name`-ema-width-<width>."""
+        for index, average in enumerate(self.config.optimizer.averages):
+            path = folder / (name if index == 0 else f"{name}-ema-{average}")
             save_model(path, Denoiser(self.trainer.optimizer.student, self.config.noise), self.info(index), state=self._averaged(index))
 
 

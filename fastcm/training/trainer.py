@@ -80,7 +80,7 @@ class Trainer:
         self.first_step_s: float | None = None  # in which torch.compile works
         self._batches = None  # from the first step on; see prefetch.batches
         self.seed = torch.tensor([config.seed], dtype=torch.int64, device=device)
-        self.scalars = StepScalars(len(config.optimizer.ema_halflife_kimg), device)
+        self.scalars = StepScalars(len(config.optimizer.averages), device)
         self.share_of_batch = torch.full((1,), 1 / config.batch, device=device)
         self.loss, self.grad_norm = torch.zeros((), device=device), torch.zeros(1, device=device)
         self.nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # skipped updates in a row: now, and at most

@@ -98,7 +98,11 @@ def network_config(network: nn.Module) -> dict:
 def save_model(folder: Path, denoiser: Denoiser, info: dict, *, state: dict[str, Tensor] | None = None) -> None:
     """Writes a model folder. info: classes, resolution, channels, training, sampling, licence (any may be absent).
     state: the network's state dict where it is not the module's own (an average)."""
-    state, config = state if state is not None else denoiser.network.state_dict(), model_config(denoiser, info)
+    write_model(folder, model_config(denoiser, info), state if state is not None else denoiser.network.state_dict())
+
+
+def write_model(folder: Path, config: dict, state: dict[str, Tensor]) -> None:
+    """Writes a model folder of config.json's content and a state dict."""
     with complete_folder(folder) as new:
         write_safetensors(new / WEIGHTS_NAME, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
         write_text(new / CARD_NAME, model_card(config))
