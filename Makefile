@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Rows go to $OUT where it is set (and stay there between calls, so that a stage goes on where it stopped).
 RESULTS = $${OUT:-benchmarks/results}
+# Kept: compiling 200 files of tests and what they import takes each worker 10 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-all check bench methods gallery faults soak gpu
 .DELETE_ON_ERROR:
@@ -20,7 +22,7 @@ IMPORTED := onnx, onnxruntime, onnxscript, safetensors.torch, scipy.linalg, tqdm
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[test]'
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import $(IMPORTED)"
+	$(BIN)/python -c "import $(IMPORTED)"
 	touch $@
 
 demo: $(VENV)/installed

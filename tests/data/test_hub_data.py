@@ -1,6 +1,5 @@
 """Data sets on the hub: configurations, splits, columns, offline, and what is refused, against a hub on the loopback."""
 
-import datasets
 import numpy as np
 import pytest
 from hub_server import TOKEN, connected, offline
@@ -10,7 +9,6 @@ from random_pictures import random_pixels
 from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError, RunError
 
-datasets.disable_progress_bars()
 PIXELS = random_pixels(6, 8, 8, 3)
 CONFIG = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {0}/t.parquet\n"
 CONFIGS = f"---\nconfigs:\n{CONFIG.format('big')}{CONFIG.format('small')}---\n"
@@ -19,6 +17,9 @@ CONFIGS = f"---\nconfigs:\n{CONFIG.format('big')}{CONFIG.format('small')}---\n"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A repository as `push_to_hub` of `datasets` writes it."""
+    import datasets  # seconds, that only a worker that asks should spend
+
+    datasets.disable_progress_bars()
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     made = datasets.Dataset.from_dict({"img": [Image.fromarray(pixels) for pixels in PIXELS], "label": [0, 1] * 3}, features=features)
     path, content = tmp_path_factory.mktemp("parquet") / "x.parquet", {"README.md": b"# Animals\n"}
@@ -30,6 +31,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
+    import datasets
+
     with connected(monkeypatch, tmp_path) as started:
         for name, value in {"HF_ENDPOINT": started.url, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": tmp_path / "datasets"}.items():
             monkeypatch.setattr(datasets.config, name, value)
@@ -56,7 +59,7 @@ def test_splits_configurations_and_offline(server, files, opened, monkeypatch):
     with pytest.raises(InputError, match=r"no such configuration in --data: hf:a/two:smal: smal\. .* Did you mean 'small'"):
         opened("hf:a/two:smal")
     offline(monkeypatch)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     server.asked.clear()
     assert opened("hf:a/animals").fingerprint == dataset.fingerprint and not server.asked
     with pytest.raises(InputError, match="not in the hub's cache, and HF_HUB_OFFLINE is set, in --data: hf:a/other"):

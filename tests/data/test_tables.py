@@ -1,6 +1,5 @@
 """Parquet files and folders of save_to_disk, written by `datasets` and `pyarrow`: columns, classes, splits, and what is refused."""
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,9 +11,7 @@ from fastcm.data import streaming
 from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError
 
-datasets.disable_progress_bars()
 PIXELS, LABELS = random_pixels(6, 8, 8, 3), [1, 0, 2, 0, 1, 2]
-FEATURES = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "eel"])})
 FILES = [{"bytes": png(pixels), "path": None} for pixels in PIXELS]
 
 
@@ -25,7 +22,11 @@ def opened(tmp_path):
 
 @pytest.fixture(scope="module")
 def animals():
-    return datasets.Dataset.from_dict({"img": [Image.fromarray(pixels) for pixels in PIXELS], "label": LABELS}, features=FEATURES)
+    import datasets  # seconds, that only a worker that asks should spend
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "eel"])})
+    return datasets.Dataset.from_dict({"img": [Image.fromarray(pixels) for pixels in PIXELS], "label": LABELS}, features=features)
 
 
 def nchw(pixels):
@@ -69,6 +70,8 @@ def test_folders_of_parquet(tmp_path, opened, animals):
 
 
 def test_folders_of_save_to_disk(tmp_path, opened, animals):
+    import datasets
+
     animals.save_to_disk(tmp_path / "one")
     whole = opened(tmp_path / "one")
     np.testing.assert_array_equal(whole.images, nchw(PIXELS))
@@ -139,7 +142,6 @@ def broken(path):
         ({"img": FILES}, {"image_column": "imag"}, r"no such column in --image-column: imag\. .* has img"),
         ({"img": FILES, "n": [0, 1, None, 1, 1, 1]}, {"label_column": "n"}, r"no label in column n of --data: .*: row 2"),
         ({"img": FILES, "n": [0, 1, -1, 1, 1, 1]}, {"label_column": "n"}, r"negative label in column n of --data: .*: -1 in row 2"),
-        ({"img": pa.array([], pa.binary())}, {}, r"no picture in --data: .*x\.parquet \(0 rows\)"),
     ],
 )
 def test_tables_that_are_refused(tmp_path, opened, columns, options, message):
@@ -148,7 +150,9 @@ def test_tables_that_are_refused(tmp_path, opened, columns, options, message):
     assert "\n" not in str(caught.value) and not list((tmp_path / "cache").glob("*-*-*"))
 
 
-def test_damaged_tables(tmp_path, opened, animals):
+def test_damaged_and_empty_tables(tmp_path, opened, animals):
+    with pytest.raises(InputError, match=r"no picture in --data: .*x\.parquet \(0 rows\)"):
+        opened(table(tmp_path / "x.parquet", img=pa.array([], pa.binary())))
     with pytest.raises(InputError, match=r"unreadable parquet file in --data: .*x\.parquet \(.*\)\. Copy it again"):
         opened(broken(table(tmp_path / "x.parquet", img=FILES)))
     animals.save_to_disk(tmp_path / "disk")
@@ -163,6 +167,8 @@ def test_damaged_tables(tmp_path, opened, animals):
 
 def test_two_columns_of_classes(tmp_path, opened):
     """As in CIFAR-100; `none` trains without classes."""
+    import datasets
+
     features = datasets.Features(
         {"img": datasets.Image(), **{name: datasets.ClassLabel(names=["a", "b", "c"]) for name in ("fine", "rough")}}
     )

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 
 from fastcm.errors import InputError
@@ -33,6 +32,8 @@ def test_frechet_of_commuting_covariances_is_the_closed_form(rng):
 
 @pytest.mark.parametrize("size", [2, 17, 64])
 def test_frechet_agrees_with_scipy(rng, size):
+    import scipy.linalg
+
     a, b = gaussian(rng, 300, size), gaussian(rng, 250, size, shift=0.3)
     (mean_a, cov_a), (mean_b, cov_b) = metrics.moments(a), metrics.moments(b)
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real

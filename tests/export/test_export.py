@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnx_ir
 import pytest
 import torch
 from exported_models import FORMS, INFO, LEVELS, TINY, exported, tiny_denoiser
@@ -188,6 +187,8 @@ def test_equal_models_give_equal_bytes(tmp_path):
 
 def changed(monkeypatch, form, change):
     """Makes the next export publish the graph of `form` with a change to one of its constants."""
+    import onnx_ir
+
     model = onnx.load(exported(form).path)
     change(model.graph)
     ir = onnx_ir.from_proto(model)

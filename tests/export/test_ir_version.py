@@ -20,6 +20,7 @@ def test_the_lowest_version_of_each_opset(opset, version):
     assert lowest_ir_version({"": opset}) == lowest_ir_version({"": opset, "com.microsoft": 1}) == version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "version"), [("plain", 8), ("seeded", 8), ("tensorrt", 10)])
 def test_files_have_it(form, version):
     import onnx

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from kernel_checks import NORMAL_TOLERANCE, each_implementation, exact_normals, using, words_by_numpy  # noqa: F401
-from scipy import stats
 
 from fastcm import kernels
 from fastcm.kernels import launch
@@ -88,6 +87,8 @@ def test_element_of_a_large_sample():
 
 
 def test_normals_are_normal_and_distinct(device):
+    from scipy import stats
+
     z = kernels.normal(torch.arange(SAMPLES, device=device), ZERO.to(device), (3, 64, 64), stream=16).double().cpu()
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
     # Draws out of about 2^46: values repeat only where fp32 itself is coarse.
@@ -98,6 +99,8 @@ def test_normals_are_normal_and_distinct(device):
 
 
 def test_uniforms_are_uniform_and_distinct(device):
+    from scipy import stats
+
     u = kernels.uniform_field(torch.arange(SAMPLES, device=device), ZERO.to(device), (4096,), stream=2**16).double().cpu().flatten()
     assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
     assert 0 < u.min() and u.max() < 1 and u.unique().numel() > 0.99 * u.numel()

@@ -1,5 +1,6 @@
 """Small random pipelines of diffusers' own classes, no layer of them zero, and the epsilon that their network means."""
 
+import pytest
 import torch
 
 NETWORK = {
@@ -56,8 +57,7 @@ NETWORKS = {
 
 def random_unet(**options):
     """A UNet2DModel with every weight random."""
-    import diffusers
-
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(**{**NETWORK, **options}).eval()
     for name, parameter in unet.named_parameters():
@@ -66,12 +66,11 @@ def random_unet(**options):
     return unet
 
 
-def save_pipeline(folder, unet, scheduler):
-    """A DDPMPipeline or ScoreSdeVePipeline, as the scheduler asks."""
+def save_pipeline(folder, unet, kind="DDPM", **settings):
+    """The pipeline of that kind (DDPM, DDIM or ScoreSdeVe), its scheduler with these settings."""
     import diffusers
 
-    name = {"ScoreSdeVeScheduler": "ScoreSdeVePipeline", "DDIMScheduler": "DDIMPipeline"}.get(type(scheduler).__name__, "DDPMPipeline")
-    pipeline = getattr(diffusers, name)(unet, scheduler)
+    pipeline = getattr(diffusers, f"{kind}Pipeline")(unet, getattr(diffusers, f"{kind}Scheduler")(**settings))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
