@@ -126,7 +126,7 @@ def plan(
     config = own if own is not None else presets.preset(name, method=method, teacher=teacher, dataset=dataset, data=label)
     if start_model is not None and network is None:
         if dataset is not None:
-            check_images(start_model[1], dataset, "--teacher" if init_model is None else "--init")
+            check_images(start_model[1], dataset, "--teacher" if init_model is None else "--init", answers=init_model is None)
         config = like(config, start_model[0], teacher=None if teacher_model is None else teacher_model[0])
     kind = changes.pop("network.kind", config.network["kind"])
     if kind != config.network["kind"]:
@@ -150,6 +150,8 @@ def plan(
             config = replace(config, teacher=str(first.out))
         elif complete:
             raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
+    if config.method == "tcm" and config.init is None and complete:
+        raise InputError("missing option for --method tcm: --init. Name its first stage: a consistency model made by --method ect or ict.")
     if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
         raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
     return Plan(config, dataset, out, network, *models, first)

@@ -20,12 +20,14 @@ def add(subparsers) -> None:
     )
     parser.add_argument(
         "--method",
-        help="edm (diffusion teacher), cd, scd (distillation), ct, ict, sct (from data), ect (tuning); the preset's own by default",
+        help="edm (diffusion), cd, scd (distillation), ct, ict, sct (from data), ect (tuning), tcm (second stage); or the preset's",
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
     add_data(parser)
     parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils; the network is taken from it")
-    parser.add_argument("--init", metavar="MODEL", help="start from this model's weights and network; its classes may be others")
+    parser.add_argument(
+        "--init", metavar="MODEL", help="start from this model's weights and network (classes may be others); the first stage of tcm"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder; runs/PRESET, or runs/PRESET-METHOD, by default")
     parser.add_argument(
         "--duration", metavar="N", type=kimg, help="images to train on, as 500kimg, 2Mimg or 64000img (plain numbers are kimg)"
@@ -201,14 +203,17 @@ def class_lines(dataset) -> list[str]:
 def print_schedule(config) -> None:
     """Parameters, and what changes over the run, in eighths of it: the learning rate and what of the schedules the method reads."""
     from fastcm import networks
-    from fastcm.training.methods import FIELDS_OF
+    from fastcm.training.methods import ECT_METHODS, FIELDS_OF
     from fastcm.training.schedule import step_values
 
     print(f"weights  {networks.parameter_count(config.network):,} parameters")
     read = FIELDS_OF[config.method]
     columns = {"lr": lambda values: f"{values.lr:.2g}"}
     if "curriculum" in read:
-        columns |= {"stage" if config.method == "ect" else "N": lambda values: f"{values.steps}", "mu": lambda values: f"{values.mu:.4f}"}
+        columns |= {
+            "stage" if config.method in ECT_METHODS else "N": lambda values: f"{values.steps}",
+            "mu": lambda values: f"{values.mu:.4f}",
+        }
     if "tangent_warmup_kimg" in read:
         columns |= {"warm-up": lambda values: f"{values.tangent_warmup:.2f}"}
     print(f"schedule {'kimg':>10}{''.join(f'{name:>9}' for name in columns)}")

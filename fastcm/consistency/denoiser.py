@@ -47,6 +47,7 @@ class Preconditioning:
     c_noise: the scalar the network is conditioned on. ADM networks take 1000 * ln(sigma) / 4 (OpenAI and diffusers),
       SongUNets ln(sigma) / 4 (EDM), or ln(sigma / 2) for "ve"; TrigFlow's own is t = arctan(sigma / sigma_data). Networks of a discrete
       chain take its step: that of the nearest of the levels of `betas`, or a real number between them.
+    transition: of a truncated consistency model (Lee et al. 2024), the lowest level that its network answers; None for all others.
     """
 
     form: str = "boundary"
@@ -56,6 +57,7 @@ class Preconditioning:
     rho: float = 7.0
     c_noise: str = "250 ln sigma"
     betas: Betas | None = None
+    transition: float | None = None
 
     def __post_init__(self):
         for name, choices in (("form", FORMS), ("c_noise", C_NOISE)):
@@ -70,6 +72,9 @@ class Preconditioning:
             raise InputError(
                 f"illegal range in noise.sigma_min: {self.sigma_min}. It must be smaller than noise.sigma_max = {self.sigma_max}."
             )
+        if self.transition is not None and not (is_number(self.transition) and self.sigma_min <= self.transition < self.sigma_max):
+            levels = f"Give a level from noise.sigma_min = {self.sigma_min} to below noise.sigma_max = {self.sigma_max}."
+            raise InputError(f"illegal value in noise.transition: {self.transition}. {levels}")
         self._check_betas()
 
     def _check_betas(self) -> None:
@@ -90,6 +95,11 @@ class Preconditioning:
     def base(self) -> str:
         """What the network predicts, whether or not the form is one of the boundary: "edm", "epsilon", "v", "sample" or "ve"."""
         return next(base for base, shifted in BOUNDARY_FORMS.items() if self.form in (base, shifted))
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest level that the network answers."""
+        return self.sigma_min if self.transition is None else self.transition, self.sigma_max
 
     @property
     def is_boundary(self) -> bool:

@@ -33,11 +33,14 @@ def karras_grid(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -
     return karras_sigma(index, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
 
 
-def sampling_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[float, ...]:
+def sampling_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float, transition: float | None = None) -> tuple[float, ...]:
     """The noise levels of a consistency sampler of `steps` calls where none are given: a Karras grid of steps + 1 levels without its
-    last, so one call starts at sigma_max and two at sigma_max and the grid's middle."""
+    last, so one call starts at sigma_max and two at sigma_max and the grid's middle. A truncated model's grid ends with a call at its
+    transition, the second of two steps (Lee et al. 2024)."""
     if steps < 1:
         raise InputError(f"illegal value in --steps: {steps}. Use 1 or more.")
+    if transition is not None and steps > 1:
+        return tuple(karras_grid(steps, sigma_min=transition, sigma_max=sigma_max, rho=rho).tolist())
     return tuple(karras_grid(steps + 1, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:-1].tolist())
 
 
@@ -79,8 +82,40 @@ def ect_pair(u: Tensor, stage: Tensor | int, *, P_mean: float, P_std: float, q: 
     where it is wide open r is 0, and the target is the image itself.
     """
     t = log_normal(u, P_mean=P_mean, P_std=P_std)
+    return t, ect_lower(t, stage, q=q, k=k, b=b)
+
+
+def ect_lower(t: Tensor, stage: Tensor | int, *, q: float, k: float, b: float) -> Tensor:
+    """The lower level r [B] of ECT's pair whose higher one is t [B] (`ect_pair`)."""
     n = 1 + k * torch.sigmoid(-b * t)
-    return t, (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+    return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+
+
+class TruncatedStudentT:
+    """ln sigma ~ P_mean + P_std T, T of Student's distribution with nu degrees of freedom, truncated to sigma from `low` to `high`
+    (Lee et al. 2024, section 4). Called with uniforms u [B] it returns sigma [B] fp32.
+
+    With T = sqrt(nu) sinh(y) the density (1 + T^2 / nu)^(-(nu + 1) / 2) dT is proportional to cosh(y)^-nu dy, which has no peak and no
+    tail that a small nu would make steep: a table of its sum, made once, is inverted by interpolation.
+    """
+
+    NODES = 4097
+
+    def __init__(self, *, nu: float, P_mean: float, P_std: float, low: float, high: float):
+        self.P_mean, self.scale, self.low, self.high = P_mean, P_std * math.sqrt(nu), low, high
+        ends = [math.asinh((math.log(sigma) - P_mean) / self.scale) for sigma in (low, high)]
+        self.y = torch.linspace(*ends, self.NODES, dtype=torch.float64)
+        log_density = -nu * self.y.cosh().log()
+        density = (log_density - log_density.amax()).exp()  # its peak is 1, wherever the levels lie
+        total = torch.cumulative_trapezoid(density, dim=0)
+        self.distribution = torch.cat([torch.zeros_like(total[:1]), total / total[-1]])
+
+    def __call__(self, u: Tensor) -> Tensor:
+        u = u.double()
+        right = torch.searchsorted(self.distribution, u).clamp(1, self.NODES - 1)
+        before, after = self.distribution[right - 1], self.distribution[right]
+        y = torch.lerp(self.y[right - 1], self.y[right], ((u - before) / (after - before)).clamp(0, 1))
+        return torch.exp(self.P_mean + self.scale * y.sinh()).float().clamp(self.low, self.high)
 
 
 def _pair(index: Tensor, steps: Tensor | int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,7 @@ def consistency_loss(
     distance: str | FeatureDistance,
     huber_c: float = 0.0,
     teacher_step: TeacherStep | None = None,
+    first_stage: Denoiser | None = None,
 ) -> Tensor:
     """Consistency distillation and training, [B] fp32: lambda d(f(x_hi, sigma_hi), f-(x_lo, sigma_lo)).
 
@@ -95,6 +96,8 @@ def consistency_loss(
     student: f with gradient; target: f- without, its moving average or the student itself. sigma_hi > sigma_lo: [B] fp32.
     distance: a name of PIXEL_DISTANCES, or a function of the two denoised images.
     teacher_step: the ODE solver's step with a diffusion teacher (distillation), or None (training from data alone).
+    first_stage: a frozen consistency model that answers in the target's place where sigma_lo is below the student's transition
+      (truncated training, Lee et al. 2024), with the same dropout masks; None elsewhere.
     """
     hi, lo = student.coefficients(sigma_hi), target.coefficients(sigma_lo)
     dtype = working_dtype(student.network)
@@ -108,6 +111,11 @@ def consistency_loss(
             scaled_lo = (expand(lo.c_in, x_lo) * x_lo).to(dtype)
         set_dropout_stream(target.network, batch)
         F_lo = target.network(scaled_lo, lo.c_noise, batch.labels)
+        if first_stage is not None:
+            set_dropout_stream(first_stage.network, batch)
+            below, D_lo = sigma_lo < student.preconditioning.transition, first_stage(x_lo, sigma_lo, batch.labels)
+            F_lo = torch.where(expand(below, x_lo), D_lo, F_lo.float())  # whose denoised image stands as it is
+            lo = lo._replace(c_skip=lo.c_skip * ~below, c_out=torch.where(below, 1.0, lo.c_out))
     set_dropout_stream(student.network, batch)
     F_hi = student.network(noisy.scaled_hi, hi.c_noise, batch.labels)
     if not isinstance(distance, str):

@@ -38,8 +38,9 @@ def distances_along_paths(
     x0 = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
     seeds = torch.arange(seed, seed + len(x0), dtype=torch.int64, device=x0.device)
     z = SeedNoise(seeds, tuple(x0.shape[1:])).normal(0)
-    p = denoiser.preconditioning
-    fine = karras_grid((levels - 1) * SOLVER_STEPS + 1, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho).float().to(x0.device)
+    low, high = denoiser.preconditioning.sigma_range
+    fine = karras_grid((levels - 1) * SOLVER_STEPS + 1, sigma_min=low, sigma_max=high, rho=denoiser.preconditioning.rho)
+    fine = fine.float().to(x0.device)
     x = x0 + fine[0] * z
     modes = [(module, module.training) for module in (denoiser, teacher) if module is not None]
     for module, _ in modes:

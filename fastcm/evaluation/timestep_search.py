@@ -88,9 +88,9 @@ class Found:
 
 
 def candidates(preconditioning: Preconditioning, grid: int = GRID) -> Levels:
-    """The Karras grid from sigma_max to sigma_min whose levels are tried."""
-    p = preconditioning
-    return tuple(karras_grid(grid, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho).tolist())
+    """The Karras grid from the highest to the lowest level that the network answers, whose levels are tried."""
+    low, high = preconditioning.sigma_range
+    return tuple(karras_grid(grid, sigma_min=low, sigma_max=high, rho=preconditioning.rho).tolist())
 
 
 def greedy_search(

@@ -114,7 +114,7 @@ class EditingTasks:
     def _levels(self, sigmas) -> tuple[float, ...]:
         p = self.preconditioning
         if sigmas is None:
-            return editing.edit_sigmas(sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
+            return editing.edit_sigmas(sigma_min=p.sigma_range[0], sigma_max=p.sigma_max, rho=p.rho)
         return noise_levels(None, sigmas, p, {})
 
     def _drawn(self, draw: Callable[[SeedNoise, Tensor | None], Tensor], seeds, labels, output: str):

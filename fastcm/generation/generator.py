@@ -111,7 +111,7 @@ class Generator(EditingTasks):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        return self.preconditioning.sigma_min, self.preconditioning.sigma_max
+        return self.preconditioning.sigma_range
 
     def level(self, sigma: float) -> FrozenLevel | CompiledLevel:
         """The denoiser at one noise level, folded and in the working precision; kept for the next call."""

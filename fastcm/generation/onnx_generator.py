@@ -82,7 +82,7 @@ class OnnxGenerator(OnnxEditing):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        return self.preconditioning.sigma_min, self.preconditioning.sigma_max
+        return self.preconditioning.sigma_range
 
     def sigmas(self, steps: int | None = None, sigmas=None) -> tuple[float, ...]:
         """The graph's own noise levels; InputError where `steps` or `sigmas` ask for others."""

@@ -67,16 +67,18 @@ def noise_levels(steps: int | None, sigmas: Iterable[float] | None, precondition
         if not isinstance(steps, int) or steps < 1:
             raise InputError(f"illegal value in steps: {steps}. Give an integer of 1 or more.")
         recommended = (sampling or {}).get(str(steps))
-        sigmas = recommended or sampling_sigmas(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
+        grid = {"sigma_min": p.sigma_min, "sigma_max": p.sigma_max, "rho": p.rho, "transition": p.transition}
+        sigmas = recommended or sampling_sigmas(steps, **grid)
     elif steps is not None:
         raise InputError(f"both steps and sigmas given: {steps} and {sigmas}. Give one of them.")
     levels = tuple(float(sigma) for sigma in ([sigmas] if isinstance(sigmas, (int, float)) else sigmas))
     if not levels:
         raise InputError("no noise level in sigmas: the list is empty. Give at least one.")
     # Grids computed in float64 and files written in decimal may pass the ends by a rounding.
+    low, high = p.sigma_range
     for sigma in levels:
-        if not (math.isfinite(sigma) and p.sigma_min * (1 - 1e-6) <= sigma <= p.sigma_max * (1 + 1e-6)):
-            remedy = f"The model was trained from {p.sigma_min:g} to {p.sigma_max:g}."
+        if not (math.isfinite(sigma) and low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6)):
+            remedy = f"The model was trained from {low:g} to {high:g}."
             raise InputError(f"noise level out of range in sigmas: {sigma:g}. {remedy}")
     if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
         raise InputError(f"noise levels out of order in sigmas: {', '.join(f'{s:g}' for s in levels)}. Give them from high to low.")

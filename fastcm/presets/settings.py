@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastcm.consistency.denoiser import Preconditioning
@@ -20,7 +20,20 @@ def objective(method: str) -> ObjectiveConfig:
     edm: Karras et al. 2022, Table 1. cd, ct: Song et al. 2023, Table 3 (CIFAR-10), with l2 where the paper's best uses LPIPS.
     ict: Song and Dhariwal 2023, Table 1, the grid's last size lowered for runs of thousands rather than hundreds of thousands of steps.
     ect: Geng et al. 2024, CIFAR-10: the pair closes by halves in eight stages. scd, sct: Lu and Song 2024, CIFAR-10.
+    tcm: Lee et al. 2024, CIFAR-10: ECT's, with the pair as close from the start as its first stage ends (1 - r / t = 0.001 n(t)).
     """
+    ect = ObjectiveConfig(
+        distance="pseudo_huber",
+        huber_c=0.0,
+        loss_weight="1/gap",
+        pairs="ect",
+        P_mean=-1.1,
+        P_std=2.0,
+        curriculum="stages",
+        s0=1,
+        s1=8,
+        mu_schedule="zero",
+    )
     return {
         "edm": ObjectiveConfig(P_mean=-1.2, P_std=1.2),
         "cd": ObjectiveConfig(curriculum="fixed", s0=18, s1=18, mu_schedule="fixed", mu0=0.0, solver="heun"),
@@ -36,18 +49,8 @@ def objective(method: str) -> ObjectiveConfig:
             s1=160,
             mu_schedule="zero",
         ),
-        "ect": ObjectiveConfig(
-            distance="pseudo_huber",
-            huber_c=0.0,
-            loss_weight="1/gap",
-            pairs="ect",
-            P_mean=-1.1,
-            P_std=2.0,
-            curriculum="stages",
-            s0=1,
-            s1=8,
-            mu_schedule="zero",
-        ),
+        "ect": ect,
+        "tcm": replace(ect, P_mean=0.0, P_std=0.2, s1=1, ect_q=1000.0),
         "scd": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
         "sct": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
     }[method]
@@ -59,12 +62,13 @@ def noise(method: str, *, kind: str = "adm") -> Preconditioning:
     kind: the network's, which has its convention of c_noise, and methods share it, so that a student can start from its teacher's
     weights. scd and sct take TrigFlow's t (Lu and Song 2024, section 4.1): in 250 ln sigma the derivative that they need is mostly that
     of the embedding's fast sines. An scd teacher is then trained with the same noise.c_noise, or the student takes its teacher's and
-    objective.tangent finite-difference, as digits do.
+    objective.tangent finite-difference, as digits do. tcm's transition is that of its paper.
     """
     c_noise = {"adm": "250 ln sigma", "song": "ln sigma / 4"}[kind]
     if method in CONTINUOUS_METHODS:
         c_noise = "arctan(sigma / sigma_data)"
-    return Preconditioning(form="boundary" if method in BOUNDARY_METHODS else "edm", c_noise=c_noise)
+    form, transition = "boundary" if method in BOUNDARY_METHODS else "edm", 1.0 if method == "tcm" else None
+    return Preconditioning(form=form, c_noise=c_noise, transition=transition)
 
 
 def ema_halflife_kimg(decay: float, batch: int) -> float:

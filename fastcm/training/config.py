@@ -9,7 +9,7 @@ from typing import Any
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest, shown
 from fastcm.generation.request import SEED_RANGE, signed
-from fastcm.training.methods import CONTINUOUS_METHODS, FIELDS_OF, METHODS, TAUGHT_METHODS, form_of
+from fastcm.training.methods import CONTINUOUS_METHODS, ECT_METHODS, FIELDS_OF, METHODS, TAUGHT_METHODS, form_of
 from fastcm.training.objective_config import ObjectiveConfig
 from fastcm.training.setting_checks import check_choice, check_number
 
@@ -140,8 +140,12 @@ class TrainConfig:
             raise InputError(f"form of another method in noise.form: {self.noise.form}. {self.method} trains the {form} form.")
         if self.method in CONTINUOUS_METHODS and self.noise.c_noise == "nearest step":
             raise InputError(f"a c_noise without a derivative in noise.c_noise: nearest step. {self.method} needs interpolated step.")
-        if (self.objective.pairs == "ect") != (self.method == "ect"):
-            raise InputError(f"pairs of another method in objective.pairs: {self.objective.pairs}. ect alone draws pairs of ect.")
+        if (self.objective.pairs == "ect") != (self.method in ECT_METHODS):
+            drawn = f"{' and '.join(ECT_METHODS)} alone draw pairs of ect"
+            raise InputError(f"pairs of another method in objective.pairs: {self.objective.pairs}. {drawn}.")
+        if (self.noise.transition is not None) != (self.method == "tcm"):
+            remedy = "Give the level below which its first stage answers, as 1." if self.method == "tcm" else "Only tcm has one."
+            raise InputError(f"transition of another method in noise.transition: {self.noise.transition}. {remedy}")
         if self.lpips_weights is not None and self.objective.distance != "lpips":
             raise InputError(f"unused option: --lpips-weights {self.lpips_weights}. Add --set objective.distance=lpips.")
 

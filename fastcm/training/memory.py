@@ -104,9 +104,11 @@ def blank_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     distance = _feature_distance(config)
     with device:
         network = build_network(config).train()
-    teacher = None
+    teacher = first_stage = None
     if config.method in TAUGHT_METHODS:
         teacher = Denoiser(copy.deepcopy(network), replace(config.noise, form=config.noise.base))
+    if config.method == "tcm":
+        first_stage = Denoiser(copy.deepcopy(network), replace(config.noise, transition=None))
     return build_trainer(
         config,
         network,
@@ -115,7 +117,7 @@ def blank_trainer(config: TrainConfig, device: torch.device) -> Trainer:
         device=device,
         precision=resolve_precision(config.precision, device, config.noise),
         compiled=False,
-        guides=Guides(teacher=teacher, feature_distance=None if distance is None else distance.to(device)),
+        guides=Guides(teacher=teacher, feature_distance=None if distance is None else distance.to(device), first_stage=first_stage),
     )
 
 
@@ -162,7 +164,7 @@ def _lasting(trainer: Trainer) -> dict[str, int]:
         sizes["gradient"] += _bytes([optimizer.gradient, optimizer.total])
         sizes["16-bit copies"] += _bytes([optimizer.low_precision, optimizer.target_low_precision])
     loss = trainer.method_loss
-    for module in (loss.teacher, loss.distance):
+    for module in (loss.teacher, loss.first_stage, loss.distance):
         if isinstance(module, nn.Module):
             sizes["teacher and distance"] += _bytes([*module.parameters(), *module.buffers()])
     return sizes

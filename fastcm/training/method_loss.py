@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.log_weight import LogWeight
+from fastcm.consistency.noise_schedule import TruncatedStudentT
 from fastcm.consistency.objective import Batch, FeatureDistance, TeacherStep, consistency_loss, continuous_loss, edm_loss, loss_weight
 from fastcm.consistency.solver import solver_step
 from fastcm.consistency.tangent import network_tangent
 from fastcm.training.config import TrainConfig
 from fastcm.training.methods import CONTINUOUS_METHODS
-from fastcm.training.schedule import sigma_draw, sigma_pair
+from fastcm.training.schedule import sigma_draw, sigma_pair, truncated_pair
 from fastcm.training.step_scalars import StepScalars
 
 SIGMA_STREAM = 1
@@ -25,6 +26,7 @@ class Guides:
 
     teacher: Denoiser | None = None
     feature_distance: FeatureDistance | None = None
+    first_stage: Denoiser | None = None
 
 
 class MethodLoss:
@@ -46,11 +48,16 @@ class MethodLoss:
         compiled: bool,
     ):
         self.config, self.student, self.target = config, student, target
-        self.teacher = guides.teacher
+        self.teacher, self.first_stage = guides.teacher, guides.first_stage
+        if self.first_stage is not None:  # shares the student's dropout masks, as the target does
+            self.first_stage.train().requires_grad_(False)
         self.teacher_step = None if guides.teacher is None else bind_teacher(guides.teacher, config.objective.solver)
         self.distance = config.objective.distance if guides.feature_distance is None else guides.feature_distance
         self.huber_c = huber_constant(config.objective.huber_c, image_shape)
-        self.tangent, self.log_weight = None, None
+        self.tangent, self.log_weight, self.levels = None, None, None
+        if config.method == "tcm":
+            nu, (low, high) = config.objective.tcm_nu, config.noise.sigma_range
+            self.levels = TruncatedStudentT(nu=nu, P_mean=config.objective.P_mean, P_std=config.objective.P_std, low=low, high=high)
         if config.method in CONTINUOUS_METHODS:
             self.tangent = network_tangent(tangent_network, config.objective.tangent, step=config.objective.tangent_step, compiled=compiled)
             if config.objective.adaptive_weight:
@@ -73,7 +80,11 @@ class MethodLoss:
                 log_weight=self.log_weight,
                 factor=factor,
             )
-        sigma_hi, sigma_lo = sigma_pair(self.config, u, scalars.steps)
+        if self.levels is not None:
+            sigma_hi, sigma_lo, counts = truncated_pair(self.config, self.levels, u, scalars.steps)
+            factor = factor * counts
+        else:
+            sigma_hi, sigma_lo = sigma_pair(self.config, u, scalars.steps)
         return consistency_loss(
             self.student,
             self.target,
@@ -84,6 +95,7 @@ class MethodLoss:
             distance=self.distance,
             huber_c=self.huber_c,
             teacher_step=self.teacher_step,
+            first_stage=self.first_stage,
         )
 
 

@@ -2,9 +2,10 @@
 
 from fastcm.consistency.denoiser import BOUNDARY_FORMS
 
-METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct")
+METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct", "tcm")
 CONTINUOUS_METHODS = ("scd", "sct")
 TAUGHT_METHODS = ("cd", "scd")  # those that read a diffusion teacher
+ECT_METHODS = ("ect", "tcm")  # those whose pairs close by ECT's map
 BOUNDARY_METHODS = ("cd", "ct", "ict")  # those whose denoiser is the identity at sigma_min rather than at 0
 
 
@@ -24,6 +25,7 @@ FIELDS_OF = {
     "ct": _PAIR_FIELDS,
     "ict": _PAIR_FIELDS,
     "ect": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b"),
+    "tcm": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b", "tcm_nu", "tcm_share", "tcm_weight"),
     "scd": _TANGENT_FIELDS,
     "sct": _TANGENT_FIELDS,
 }

@@ -10,6 +10,7 @@ from fastcm.consistency.tangent import TANGENTS
 from fastcm.errors import InputError
 from fastcm.training.setting_checks import check_choice, check_number
 
+MOST_AT_BOUNDARY = 0.99  # of a batch: beyond, nothing would be left to learn consistency from
 PAIRS = ("uniform", "log-normal", "ect")
 DISTANCES = (*PIXEL_DISTANCES, "lpips", "classifier")
 
@@ -22,6 +23,8 @@ class ObjectiveConfig:
       classifier: the features of a classifier trained on the run's own labelled pictures.
     pairs: how two levels are drawn: "uniform" over the grid (CM), "log-normal" over it (iCT, with P_mean and P_std), or "ect": log-normal
       and without a grid, with ect_q, ect_k, ect_b of its map (`noise_schedule.ect_pair`).
+    tcm_nu, tcm_share, tcm_weight: tcm's levels (`noise_schedule.TruncatedStudentT`), of which a share is the transition itself, the
+      boundary, and what the loss there weighs beside that of the others (`schedule.truncated_pair`).
     curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
     tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight: of continuous-time methods
       (`objective.continuous_loss`).
@@ -42,6 +45,9 @@ class ObjectiveConfig:
     ect_q: float = 2.0
     ect_k: float = 8.0
     ect_b: float = 1.0
+    tcm_nu: float = 0.01
+    tcm_share: float = 0.25
+    tcm_weight: float = 0.1
     tangent: str = "jvp"
     tangent_step: float = 1e-3
     tangent_c: float = 0.1
@@ -72,6 +78,9 @@ class ObjectiveConfig:
         check_number("objective.ect_q", self.ect_q, 1, open_low=True)
         check_number("objective.ect_k", self.ect_k, 0)
         check_number("objective.ect_b", self.ect_b, 0)
+        check_number("objective.tcm_nu", self.tcm_nu, 0, open_low=True)
+        check_number("objective.tcm_share", self.tcm_share, 0, MOST_AT_BOUNDARY)
+        check_number("objective.tcm_weight", self.tcm_weight, 0)
         check_number("objective.tangent_step", self.tangent_step, 0, 1, open_low=True)
         check_number("objective.tangent_c", self.tangent_c, 0)
         check_number("objective.tangent_warmup_kimg", self.tangent_warmup_kimg, 0)

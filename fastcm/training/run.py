@@ -95,9 +95,11 @@ def run(
     if config.objective.tangent == "finite-difference" and precision != "fp32":
         raise InputError(f"too coarse for objective.tangent finite-difference in --precision: {precision}. Use fp32, or the tangent jvp.")
     distance = feature_distance(config, dataset)
-    guides = Guides(
-        teacher=None if teacher is None else teacher[0].to(device), feature_distance=None if distance is None else distance.to(device)
+    first_stage = init if config.method == "tcm" else None
+    teaching, answering, measuring = (
+        None if model is None else model.to(device) for model in (teacher and teacher[0], first_stage and first_stage[0], distance)
     )
+    guides = Guides(teacher=teaching, feature_distance=measuring, first_stage=answering)
     folder = None
     if processes.is_writer:
         weights = {"teacher": teacher and teacher[0], "init": init and init[0], "lpips_weights": distance if config.lpips_weights else None}

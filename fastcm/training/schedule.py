@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastcm.consistency import curriculum, noise_schedule
@@ -62,6 +63,23 @@ def sigma_pair(config: TrainConfig, u: Tensor, steps: Tensor | int) -> tuple[Ten
             u, steps, P_mean=objective.P_mean, P_std=objective.P_std, q=objective.ect_q, k=objective.ect_k, b=objective.ect_b
         )
     return noise_schedule.log_normal_pair(u, steps, **grid, P_mean=objective.P_mean, P_std=objective.P_std)
+
+
+def truncated_pair(
+    config: TrainConfig, levels: noise_schedule.TruncatedStudentT, u: Tensor, steps: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tcm's two levels (sigma_hi, sigma_lo) and what each sample's loss counts, each [B] fp32, from uniforms u [B] (Lee et al. 2024, 4.2).
+
+    The share tcm_share of all samples has its higher level at the transition, the boundary, the others have theirs from `levels`. In the
+    mean over the batch the counts give the mean over the others and tcm_weight times the mean over the boundary.
+    """
+    objective, share = config.objective, config.objective.tcm_share
+    at_boundary = u < share
+    drawn = levels(((u.double() - share) / (1 - share)).clamp(min=0))
+    sigma_hi = torch.where(at_boundary, config.noise.transition, drawn)
+    sigma_lo = noise_schedule.ect_lower(sigma_hi, steps, q=objective.ect_q, k=objective.ect_k, b=objective.ect_b)
+    counts = torch.where(at_boundary, objective.tcm_weight / max(share, 1e-9), 1 / (1 - share))
+    return sigma_hi, sigma_lo.float(), counts.float()
 
 
 def sigma_draw(objective: ObjectiveConfig, u: Tensor) -> Tensor:

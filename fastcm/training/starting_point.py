@@ -10,6 +10,7 @@ from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
+from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TrainConfig
 from fastcm.training.methods import CONTINUOUS_METHODS, form_of
 from fastcm.weights.model_folder import network_config
@@ -39,21 +40,28 @@ def like(config: TrainConfig, model: Denoiser, *, teacher: Denoiser | None = Non
             return config
         differences = replace(config.objective, tangent="finite-difference", tangent_step=DIFFERENCE_STEP)
         config = replace(config, objective=differences, precision="fp32")
-    return replace(config, noise=replace(noise, form=form_of(config.method, noise.base)))
+    own = {"form": form_of(config.method, noise.base), "transition": config.noise.transition}
+    return replace(config, noise=replace(noise, **own))
 
 
-def check_images(info: dict[str, Any], dataset: Dataset, option: str) -> None:
-    """Refuses a teacher or first model of other images than the run's, and a teacher of other classes. info: the model's config.json."""
+def check_images(info: dict[str, Any], dataset: Dataset, option: str, *, answers: bool = True) -> None:
+    """Refuses a teacher or first model of other images than the run's, and one that `answers` in training of other classes.
+
+    info: the model's config.json.
+    """
     expected = {"resolution": dataset.resolution, "channels": dataset.channels, "number of classes": len(dataset.class_names or ())}
     found = {"resolution": info.get("resolution"), "channels": info.get("channels"), "number of classes": len(info.get("classes") or ())}
     for field, want in expected.items():
-        if found[field] != want and not (option == "--init" and field == "number of classes"):
+        if found[field] != want and (answers or field != "number of classes"):
             raise InputError(f"another {field} in {option}: {found[field]} (the run has {want}). Choose a model of the run's data.")
 
 
 def check_against(model: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset, option: str) -> None:
     """Refuses a teacher or first model whose images, classes or noise range differ from the run's."""
-    check_images(info, dataset, option)
+    first_stage = config.method == "tcm" and option == "--init"
+    check_images(info, dataset, option, answers=option == "--teacher" or first_stage)
+    if first_stage and (is_diffusion(info, model.preconditioning) or model.preconditioning.transition is not None):
+        raise InputError(f"not a first stage in {option}: {config.init}. Give a consistency model of all levels, made by ect or ict.")
     theirs, ours = model.preconditioning, config.noise
     if theirs.base != ours.base:
         own = form_of(config.method, theirs.base)
