@@ -150,8 +150,6 @@ def plan(
             config = replace(config, teacher=str(first.out))
         elif complete:
             raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
-    if config.method == "tcm" and config.init is None and complete:
-        raise InputError("missing option for --method tcm: --init. Name its first stage: a consistency model made by --method ect or ict.")
     if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
         raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
     return Plan(config, dataset, out, network, *models, first)

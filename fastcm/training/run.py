@@ -87,6 +87,8 @@ def run(
     processes.share(config.batch)
     processes.use(device)
     precision = resolve_precision(config.precision, device, config.noise)
+    if config.method == "tcm" and init is None:
+        raise InputError("missing option for --method tcm: --init. Name its first stage: a consistency model made by --method ect or ict.")
     for model, option in ((teacher, "--teacher"), (init, "--init")):
         if model is not None:
             check_against(*model, config, dataset, option)
