@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_steps(args: argparse.Namespace, device: torch.device) -> bool:
-    results, ceiling = ResultsFile(args.json, identity=IDENTITY), matmul_tflop_s(device)
-    failed = False
-    for job, session in plan(args, device):
+    results, failed, planned = ResultsFile(args.json, identity=IDENTITY), False, plan(args, device)
+    ceiling = matmul_tflop_s(device)
+    for job, session in planned:
         new = [name for name in session if results.find(identity(name, job)) is None]
         if new:
             rows = measure(job, session, new, limits(job, args.seconds, args.quick), ceiling)

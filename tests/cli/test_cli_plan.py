@@ -16,6 +16,8 @@ SMALL = ("--dry-run", "--set", "network.channels=8", "--set", "network.head_chan
 def plan(tmp_path, monkeypatch, capsys):
     """(exit code, stdout, stderr) of a dry run on `source`."""
     monkeypatch.setenv("FASTCM_CACHE", str(tmp_path / "cache"))
+    for measured in ("print_memory", "print_time"):  # seconds of a step; test_memory.py and test_config_file.py read them
+        monkeypatch.setattr(f"fastcm.cli.train.{measured}", lambda *arguments: None)
 
     def run(source, *options):
         code = main(["train", "--data", str(source), "--out", str(tmp_path / "run"), *SMALL, *map(str, options)])

@@ -99,6 +99,7 @@ def test_choices_are_checked(tmp_path, compilations):
     assert cli.main(["serve", str(graph), "--compile", "on"]) == 2
 
 
+@pytest.mark.slow
 def test_every_level_of_a_process_is_compiled(monkeypatch):
     """torch gives up on a function after eight variants, of which each level of each generator is one."""
     compile, pieces = torch.compile, []
@@ -108,7 +109,7 @@ def test_every_level_of_a_process_is_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", counted)
     torch.compiler.reset()
-    ours = generator()
+    ours = Generator(small_denoiser(None, channel_mult=(1,), attention_resolutions=()), {}, device="cpu", compile="on")
     sigmas = [80.0 / 2**number for number in range(10)]
     ours([0], sigmas=sigmas)
     assert all(ours.level(sigma).compiled for sigma in sigmas) and len(pieces) >= len(sigmas)
