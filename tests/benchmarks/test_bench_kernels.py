@@ -69,6 +69,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path, case):
     assert "differs from the reference" in rows[-1]["error"] and "p50_ms" not in rows[-1]
 
 
+@pytest.mark.slow
 def test_in_place_ops_are_compared_by_what_they_leave(monkeypatch, tmp_path):
     assert run(monkeypatch, tmp_path / "k.json", doubling(fastcm=lambda x: x.mul_(2), in_place=True))[0] == 0
 
@@ -84,6 +85,7 @@ def test_filters_and_bad_options(monkeypatch, tmp_path):
     assert not (tmp_path / "none.json").exists()
 
 
+@pytest.mark.slow
 def test_every_bench_case_runs_on_a_small_scale():
     """Fast and reference paths of all registered cases agree in form; the largest are left to the GPU."""
     for case in kernel_cases.bench_cases():

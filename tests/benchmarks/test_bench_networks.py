@@ -11,6 +11,7 @@ from fastcm.errors import InputError
 from fastcm.weights import diffusers as diffusers_weights
 
 
+@pytest.mark.slow
 def test_rows_and_file(tmp_path, monkeypatch, capsys):
     """The real networks, shrunk, give the same outputs; the figures are those of times that are known."""
     digits = bench_networks.ADM["digits"]

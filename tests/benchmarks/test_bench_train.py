@@ -81,6 +81,7 @@ def test_all_steps_train_alike(tiny, which):
         assert apart < 0.02 * moved, (role, apart, moved)
 
 
+@pytest.mark.slow
 def test_the_published_step_draws_its_own_noise(tiny):
     job = train_job(tiny)
     losses = []
@@ -106,6 +107,7 @@ def test_student_and_target_share_their_dropout(monkeypatch):
     assert float(step.loss) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastcm", "published_step"])
 def test_a_step_is_split_without_a_rest(tiny, name, monkeypatch):
     """Every phase is seen, once, in order, and together they are the step."""
@@ -163,6 +165,7 @@ def test_a_backend_that_fails_leaves_the_others(tiny, tmp_path, monkeypatch):
     assert published["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB." and fastcm["p50_ms"] > 0
 
 
+@pytest.mark.slow
 def test_the_share_of_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 PCIe")
     assert bench_train.device_tflop_s(torch.device("cuda")) == 756

@@ -52,6 +52,7 @@ def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch):
     assert code == 0 and "0 sets of samples measured now" in again and not [first for first, _ in drawn if first == 300_000]
 
 
+@pytest.mark.slow
 def test_a_larger_figure_can_be_what_is_searched(tmp_path, capsys):
     model = model_folder(tmp_path / "model")
     options = ("--data", "digits", "--seeds", "500000-500099", "--metrics", "accuracy", "--search-steps", "2", "--search-grid", "4")

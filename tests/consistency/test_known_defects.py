@@ -74,6 +74,7 @@ def test_the_log_normal_of_ict_has_a_negative_mean():
     assert hi.log().median().item() == pytest.approx(-1.1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_no_weights_are_lost_and_no_step_is_counted_twice_on_resuming(tmp_path):
     # EDM training of openai/consistency_models saves step + resume_step where step already holds it; diffusers starts anew without a word.
     from training_runs import small_run

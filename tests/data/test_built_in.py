@@ -57,6 +57,7 @@ def test_other_parts_are_refused(source, hint):
     assert str(error.value).endswith(f"Did you mean '{hint}'?") or not hint
 
 
+@pytest.mark.slow
 def test_the_judge_learns_from_what_is_not_held_out(mnist, monkeypatch):
     monkeypatch.setattr(features, "STEPS", (2, 2))
     held_out = np.arange(8000, 10_000)

@@ -85,6 +85,7 @@ def test_ten_in_a_row_end_the_run_and_the_checkpoint_stays(tmp_path, monkeypatch
     assert_same(weights(out), before)
 
 
+@pytest.mark.slow
 def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
     poison(monkeypatch, "gradient", VALUES["inf"], range(2, 11))
     assert small_run(tmp_path / "run", kimg=0.2).nimg == 208

@@ -35,6 +35,7 @@ def compilations(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_one_piece_of_code_for_one_image_and_one_for_more(compilations):
     ours, eager = generator(), generator("off")
     for seeds in (range(1), range(3), range(5), range(1)):

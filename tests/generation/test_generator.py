@@ -230,6 +230,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     assert generator.batch_size == 2
 
 
+@pytest.mark.slow
 def test_many_threads_share_a_generator():
     """Samples of one and two steps, edits and interpolations at once, on a generator that has yet to fold its levels."""
     mask = np.zeros((8, 8), bool)
@@ -258,6 +259,7 @@ def test_many_threads_share_a_generator():
         np.testing.assert_allclose(images, jobs[name](alone, seed), atol=1e-5, err_msg=f"{name} {seed}")
 
 
+@pytest.mark.slow
 def test_async_code_awaits_a_thread():
     """The event loop goes on turning while images are drawn."""
     generator = small_generator()

@@ -52,6 +52,7 @@ def save_teacher(folder, base: str, **network):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", NOISES)
 def test_distillation_follows_its_teacher_in_every_form(base, tmp_path):
     teacher = save_teacher(tmp_path / "teacher", base)
@@ -82,6 +83,7 @@ def test_tuning_starts_from_a_model_and_keeps_its_form(method, base, form, tmp_p
     assert denoiser.preconditioning.form == form and len(info["classes"]) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["epsilon", "ve"])
 def test_continuous_distillation_of_other_forms(base, tmp_path):
     teacher = save_teacher(tmp_path / "teacher", base)
@@ -91,6 +93,7 @@ def test_continuous_distillation_of_other_forms(base, tmp_path):
     assert load_denoiser(runs.start(ready).model)[0].preconditioning.form == base
 
 
+@pytest.mark.slow
 def test_sigma_max_is_kept_or_lowered(tmp_path):
     teacher = save_teacher(tmp_path / "teacher", "epsilon")
     asked = {"data": "digits", "method": "cd", "teacher": teacher, "out": tmp_path / "cd"}
@@ -114,8 +117,8 @@ def test_sigma_max_is_kept_or_lowered(tmp_path):
 )
 def test_teachers_that_do_not_fit_are_refused(arguments, base, words, tmp_path):
     teacher = save_teacher(tmp_path / "teacher", base)
-    changes = arguments.pop("changes", {}) if "changes" in arguments else {}
     asked = {"data": "digits", "method": "cd", "teacher": teacher, "out": tmp_path / "run", **arguments}
+    changes = asked.pop("changes", {})
     short = {name: value for name, value in SHORT.items() if asked["method"] == "cd" or not name.startswith("objective")}
     with pytest.raises(InputError) as error:
         runs.start(runs.plan(**asked, changes={**short, **changes}))
@@ -132,6 +135,7 @@ def test_a_consistency_model_is_no_teacher(tmp_path):
         runs.plan(data="digits", method="cd", teacher=str(tmp_path / "m"), out=tmp_path / "run", changes=SHORT)
 
 
+@pytest.mark.slow
 def test_from_a_hub_style_folder_to_an_onnx_file(tmp_path, capsys):
     """The walk of docs/training.md, by its commands."""
     diffusers = pytest.importorskip("diffusers")

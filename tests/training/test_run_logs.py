@@ -56,6 +56,7 @@ def test_a_log_of_ones_own(tmp_path, capsys):
     assert "fastcm: Recorder failed at scalars (no route); the run goes on without it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tensorboard_has_figures_grids_and_settings(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -270,6 +270,7 @@ def test_tensors_cannot_look_outside_their_storage(tmp_path):
     assert "damaged" in one_line(tmp_path / "net.pkl")
 
 
+@pytest.mark.slow
 def test_damaged_files_only_ever_raise_input_errors(tmp_path):
     write_pickle(tmp_path / "good.pkl", content_of("ncsnpp"))
     data = (tmp_path / "good.pkl").read_bytes()
