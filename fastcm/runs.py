@@ -174,7 +174,7 @@ def of_kind(network: dict[str, Any], kind: str) -> dict[str, Any]:
         choices = ", ".join(networks.KINDS)
         raise InputError(f"unknown network in network.kind: {kind}. Choose one of {choices}.{nearest(kind, networks.KINDS)}")
     known = network_fields({"kind": kind})
-    shared = ("resolution", "in_channels", "out_channels", "channels", "channel_mult", "num_classes")
+    shared = ("resolution", "in_channels", "out_channels", "channels", "channel_mult", "num_classes", "second_time")
     return {"kind": kind, **{name: network[name] for name in shared if name in network and name in known}}
 
 

@@ -20,7 +20,7 @@ def add(subparsers) -> None:
     )
     parser.add_argument(
         "--method",
-        help="edm (diffusion), cd, scd (distillation), ct, ict, sct (from data), ect (tuning), tcm (second stage); or the preset's",
+        help="edm (diffusion), cd, scd (distillation), ct, ict, sct, meanflow (data), ect (tuning), tcm (second stage); or the preset's",
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
     add_data(parser)

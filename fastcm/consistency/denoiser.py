@@ -12,12 +12,13 @@ from fastcm.errors import InputError, nearest
 from fastcm.networks.checks import is_number
 
 # What a network predicts, F of D = c_skip x + c_out F, and the same for consistency functions, with D(x, sigma_min) = x.
-BASES = ("edm", "epsilon", "v", "sample", "ve")
+BASES = ("edm", "epsilon", "v", "sample", "ve", "flow")
 BOUNDARY_FORMS = {base: "boundary" if base == "edm" else f"{base}-boundary" for base in BASES}
 FORMS = ("boundary", *BASES, *(form for form in BOUNDARY_FORMS.values() if form != "boundary"))
 STEPS = ("interpolated step", "nearest step")  # of Preconditioning.betas
 TRIGFLOW = "arctan(sigma / sigma_data)"
-C_NOISE = ("250 ln sigma", "ln sigma / 4", "ln(sigma / 2)", TRIGFLOW, *STEPS)
+FLOW_TIME = "sigma / (1 + sigma)"
+C_NOISE = ("250 ln sigma", "ln sigma / 4", "ln(sigma / 2)", TRIGFLOW, FLOW_TIME, *STEPS)
 MOST_GAIN = 4.0
 # Below every level that is trained or sampled; the lower end of an ECT pair may be 0, where c_out = 0 and c_noise need only be finite.
 SMALLEST_SIGMA = 1e-20
@@ -37,7 +38,8 @@ class Preconditioning:
     """How a network's output becomes a denoised image, and the noise levels it was trained for.
 
     form: what F is. "edm": Table 1 of Karras et al. 2022; "epsilon": the noise (Ho et al. 2020), "v" (Salimans and Ho 2022) and "sample",
-      the image, of a variance-preserving chain, whose x is x / sqrt(1 + sigma^2); "ve": sigma times the score (Song et al. 2021).
+      the image, of a variance-preserving chain, whose x is x / sqrt(1 + sigma^2); "ve": sigma times the score (Song et al. 2021);
+      "flow": the velocity noise - image of flow matching (Lipman et al. 2023), whose x is z = x / (1 + sigma) = (1 - t) image + t noise.
       "boundary" shifts sigma by sigma_min in the edm form's c_skip and c_out, so that D(x, sigma_min) = x exactly (Consistency Models,
       Appendix C). "epsilon-boundary" and so on mix x with the denoised image D_0 of the form before the dash (Luo et al. 2023, LCM,
       section 4.1): D = m x + n D_0 with m = sigma_data^2 / (s^2 + sigma_data^2), n = s / sqrt(sigma^2 + sigma_data^2) and
@@ -45,8 +47,9 @@ class Preconditioning:
       In TrigFlow's terms (Lu and Song 2024) the EDM form is f = cos(t) x_t - sin(t) sigma_data F' with tan(t) = sigma / sigma_data,
       x_t = cos(t) x and F' = -F: a diffusion model needs no conversion to be tuned by ect, sct or scd.
     c_noise: the scalar the network is conditioned on. ADM networks take 1000 * ln(sigma) / 4 (OpenAI and diffusers),
-      SongUNets ln(sigma) / 4 (EDM), or ln(sigma / 2) for "ve"; TrigFlow's own is t = arctan(sigma / sigma_data). Networks of a discrete
-      chain take its step: that of the nearest of the levels of `betas`, or a real number between them.
+      SongUNets ln(sigma) / 4 (EDM), or ln(sigma / 2) for "ve"; TrigFlow's own is t = arctan(sigma / sigma_data), flow matching's
+      t = sigma / (1 + sigma). Networks of a discrete chain take its step: that of the nearest of the levels of `betas`, or a real number
+      between them.
     transition: of a truncated consistency model (Lee et al. 2024), the lowest level that its network answers; None for all others.
     """
 
@@ -93,7 +96,7 @@ class Preconditioning:
 
     @property
     def base(self) -> str:
-        """What the network predicts, whether or not the form is one of the boundary: "edm", "epsilon", "v", "sample" or "ve"."""
+        """What the network predicts, whether or not the form is one of the boundary: one of BASES."""
         return next(base for base, shifted in BOUNDARY_FORMS.items() if self.form in (base, shifted))
 
     @property
@@ -143,23 +146,26 @@ class Preconditioning:
             "v": (root.square(), -sigma * root, root),
             "sample": (zero, one, root),
             "ve": (one, sigma, one),
+            "flow": (1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma)),
         }[self.base]
 
-    def in_edm_form(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B), each [B] fp32, by which this form is the EDM form with the network A x + B F. (0, 1) for the EDM form itself."""
-        own, edm = self._scalings(sigma), replace(self, form="edm")._scalings(sigma)
-        return (own[0] - edm[0]) / edm[1], own[1] / edm[1]
+    def in_form(self, form: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B), each [B], by which this form is `form` with the network A x + B F. (0, 1) for that form itself."""
+        own, other = self._scalings(sigma), replace(self, form=form)._scalings(sigma)
+        return (own[0] - other[0]) / other[1], own[1] / other[1]
 
     def input_share(self, sigma: Tensor) -> Tensor:
         """k [B] fp32 of d (c_in x) / d ln(sigma) = c_in (k x - D) along the ODE, on which dx / d ln(sigma) = x - D."""
-        if self.base == "ve":
-            return torch.ones_like(sigma)
+        if self.base in ("ve", "flow"):
+            return torch.ones_like(sigma) if self.base == "ve" else 1 / (1 + sigma)
         variance = self.sigma_data**2 if self.base == "edm" else 1.0
         return variance / (sigma.square() + variance)
 
     def _c_noise(self, sigma: Tensor) -> Tensor:
         if self.c_noise == TRIGFLOW:
             return torch.atan(sigma / self.sigma_data)
+        if self.c_noise == FLOW_TIME:
+            return sigma / (1 + sigma)
         if self.c_noise in STEPS:
             return self.betas.step(sigma, whole=self.c_noise == "nearest step")
         if self.c_noise == "ln(sigma / 2)":
@@ -174,6 +180,8 @@ class Preconditioning:
         """d c_noise / d ln(sigma) at sigma [B] fp32, which is cos(t) sin(t) d c_noise / dt in TrigFlow's time t."""
         if self.c_noise == TRIGFLOW:
             return sigma * self.sigma_data / (sigma.square() + self.sigma_data**2)
+        if self.c_noise == FLOW_TIME:
+            return sigma / (1 + sigma).square()
         if self.c_noise in STEPS:
             if self.c_noise == "nearest step":
                 raise InputError("a c_noise without a derivative in noise.c_noise: nearest step. Use interpolated step for scd and sct.")

@@ -1,6 +1,7 @@
 """The training losses of the family, one function each: images, a place in the noise stream and noise levels in, per-sample loss out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def set_dropout_stream(network: nn.Module, batch: Batch) -> None:
         network.set_stream(batch.seed, batch.position)
 
 
-def _noised(student: Denoiser, batch: Batch, sigma: Tensor) -> tuple[Coefficients, kernels.Perturbed]:
+def noised(student: Denoiser, batch: Batch, sigma: Tensor) -> tuple[Coefficients, kernels.Perturbed]:
     """The scalings at sigma [B], and the images there (hi) and clean (lo); the student's dropout is set to draw for them."""
     c, clean, dtype = student.coefficients(sigma), torch.zeros_like(sigma), working_dtype(student.network)
     noisy = kernels.perturb(batch.images, batch.seed, batch.position, sigma, clean, c_in_hi=c.c_in, flip=batch.flip, dtype=dtype)
@@ -70,7 +71,7 @@ def _noised(student: Denoiser, batch: Batch, sigma: Tensor) -> tuple[Coefficient
 def edm_loss(student: Denoiser, batch: Batch, sigma: Tensor, *, factor: Tensor | float = 1.0) -> Tensor:
     """Denoising score matching, [B] fp32: lambda ||D(x + sigma z, sigma) - x||^2 per pixel, lambda = 1 / c_out^2
     (Karras et al. 2022, equation 8 and Table 1). factor: multiplies every loss, in fp32, before 16-bit networks round its gradient."""
-    c, noisy = _noised(student, batch, sigma)
+    c, noisy = noised(student, batch, sigma)
     F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
     weight = c.c_out.square().reciprocal() * factor
     return kernels.distance(noisy.x_hi, F_x, c.c_skip, c.c_out, noisy.x_lo, None, None, None, weight, kind="l2")
@@ -141,14 +142,14 @@ def continuous_loss(
     In TrigFlow's time, tan(t) = sigma / sigma_data, the student in the EDM form is f = cos(t) x_t + sin(t) sigma_data F. With F- the
     student without gradient, the loss is exp(w) / n ||F - (F- - g)||^2 - w, where g is cos(t) df/dt of F-, its last part times
     `warmup`, divided by ||g|| + tangent_c. A student of another form is seen through the EDM form: its F there is A x + B F
-    (`Preconditioning.in_edm_form`).
+    (`Preconditioning.in_form`).
 
     sigma: [B] fp32. tangent: F- and its derivative (`network_tangent` of the student's network). warmup: r in [0, 1].
     teacher: D(x, sigma, labels), whose ODE gives dx/dt (distillation), or None: the image and its noise do (training from data alone).
     log_weight: w(sigma) [B], trained along; None for w = 0. factor: as for `edm_loss`.
     """
     preconditioning, sigma_data = student.preconditioning, student.preconditioning.sigma_data
-    c, noisy = _noised(student, batch, sigma)
+    c, noisy = noised(student, batch, sigma)
     with torch.no_grad():
         x, image = noisy.x_hi, noisy.x_lo
         hypotenuse = (sigma.square() + sigma_data**2).rsqrt()
@@ -161,9 +162,10 @@ def continuous_loss(
         x_rate = (expand(c.c_in, x) * (expand(preconditioning.input_share(sigma), x) * x - D_x)).to(noisy.scaled_hi.dtype)
         F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, x_rate, preconditioning.c_noise_rate(sigma))
         F_minus, dF = F_minus.float(), dF.float()
-        A, B = preconditioning.in_edm_form(sigma)
+        in_edm_form = partial(preconditioning.in_form, "edm")
+        A, B = in_edm_form(sigma)
         if preconditioning.base != "edm":
-            dA, dB = torch.func.jvp(preconditioning.in_edm_form, (sigma,), (sigma,))[1]  # d / d ln(sigma) of each
+            dA, dB = torch.func.jvp(in_edm_form, (sigma,), (sigma,))[1]  # d / d ln(sigma) of each
             dF = expand(dA, x) * x + expand(A, x) * (x - D_x) + expand(dB, x) * F_minus + expand(B, x) * dF
             F_minus = expand(A, x) * x + expand(B, x) * F_minus
         g = cos.square() * (sigma_data * F_minus + sin_dx / sin) - warmup * (cos * sin * x_t - sigma_data * dF)

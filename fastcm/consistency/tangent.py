@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fastcm.errors import InputError, nearest
 from fastcm.networks.compiled import compiled as for_training
 
-# (x, c_noise, labels, x_rate, c_noise_rate) -> (F, dF), both without gradient.
-NetworkTangent = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (x, c_noise, labels, x_rate, c_noise_rate) -> (F, dF), both without gradient; what else the network takes, by name, stays as it is.
+NetworkTangent = Callable[..., tuple[Tensor, Tensor]]
 TANGENTS = ("jvp", "finite-difference")
 
 
@@ -31,18 +31,18 @@ def network_tangent(network: nn.Module, kind: str, *, step: float = 1e-3, compil
 
 
 def _jvp(network: nn.Module) -> NetworkTangent:
-    def run(x, c_noise, labels, x_rate, c_noise_rate):
+    def run(x, c_noise, labels, x_rate, c_noise_rate, **conditions):
         with torch.no_grad():
-            return torch.func.jvp(lambda x, c_noise: network(x, c_noise, labels), (x, c_noise), (x_rate, c_noise_rate))
+            return torch.func.jvp(lambda x, c_noise: network(x, c_noise, labels, **conditions), (x, c_noise), (x_rate, c_noise_rate))
 
     return run
 
 
 def _difference(network: nn.Module, step: float) -> NetworkTangent:
-    def run(x, c_noise, labels, x_rate, c_noise_rate):
+    def run(x, c_noise, labels, x_rate, c_noise_rate, **conditions):
         with torch.no_grad():
-            F_x = network(x, c_noise, labels)
-            before = network(x - step * x_rate, c_noise - step * c_noise_rate, labels)
+            F_x = network(x, c_noise, labels, **conditions)
+            before = network(x - step * x_rate, c_noise - step * c_noise_rate, labels, **conditions)
             return F_x, (F_x - before) / step
 
     return run

@@ -102,6 +102,23 @@ class ClassEmbedding(nn.Module):
         return one_hot(labels, self.weight.shape[0], self.weight.dtype) @ self.weight
 
 
+class SecondTime(nn.Linear):
+    """What a second time adds to the first layer over the embedding of c_noise: a linear map of its own embedding, zero at first.
+
+    kind: of the end r fp32 [B] in [0, 1) of an average velocity, or 0 where `end` is None, "gap" embeds c_noise - r, "end" r itself.
+    embed: [B] -> [B, in_features]. Beside the first layer it is that layer over both embeddings joined (Geng et al. 2025, appendix).
+    """
+
+    def __init__(self, kind: str, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.kind = kind
+        zero_init(self)
+
+    def forward(self, c_noise, end, embed):
+        end = torch.zeros_like(c_noise) if end is None else end
+        return super().forward(embed(c_noise - end if self.kind == "gap" else end).to(self.weight.dtype))
+
+
 def downsample(x):
     """Mean over 2x2 pixels."""
     return F.avg_pool2d(x, 2)

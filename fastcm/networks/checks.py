@@ -7,6 +7,7 @@ from fastcm.networks import patches
 
 # No network has more; a file that asks for millions would keep its reader busy for ever.
 MOST_LEVELS, MOST_BLOCKS, MAX_CLASSES = 16, 256, 100_000
+SECOND_TIMES = ("gap", "end")  # of blocks.SecondTime
 
 
 def is_number(value) -> bool:
@@ -53,6 +54,18 @@ def require_tuples(config, names: tuple[str, ...]) -> None:
 def require_choice(config, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     require(value in choices, name, value, f"Choose one of {', '.join(choices)}.{nearest(value, choices)}")
+
+
+def require_second_time(config) -> None:
+    if config.second_time is not None:
+        require_choice(config, "second_time", SECOND_TIMES)
+
+
+def takes_end(config, end) -> bool:
+    """Whether the network has a second time. Raises InputError where it is told one and has none."""
+    if config.second_time is None and end is not None:
+        raise InputError("the end of an average velocity given to a network with network.second_time: None. Leave it out.")
+    return config.second_time is not None
 
 
 def require_classes(config) -> None:

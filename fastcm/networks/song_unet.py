@@ -9,7 +9,7 @@ from torch import nn
 
 from fastcm.errors import InputError
 from fastcm.networks import dropout, patches
-from fastcm.networks.blocks import Addend, GroupNorm, noise_angles, one_hot, runner, self_attention
+from fastcm.networks.blocks import Addend, GroupNorm, SecondTime, noise_angles, one_hot, runner, self_attention
 from fastcm.networks.checks import (
     is_number,
     require,
@@ -19,7 +19,9 @@ from fastcm.networks.checks import (
     require_dropout,
     require_flags,
     require_levels,
+    require_second_time,
     require_tuples,
+    takes_end,
 )
 from fastcm.networks.resample import Resample, ResampleConv
 
@@ -46,6 +48,9 @@ class SongUNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)  # the middle block always attends
     dropout: float = 0.0
     num_classes: int | None = None  # None: unconditional
+    second_time: str | None = (
+        None  # "gap" or "end": how the end of an average velocity is embedded (blocks.SecondTime); None: there is none
+    )
     augment_channels: int | None = None  # width of augmentation labels; None: not accepted
     embedding: str = "positional"  # or "fourier"
     fourier_scale: float = 16.0  # standard deviation of the random frequencies
@@ -60,6 +65,7 @@ class SongUNetConfig:
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "channel_mult_emb", "channel_mult_noise", "blocks"))
         require_counts(self, ("augment_channels",), optional=True)
         require_classes(self)
+        require_second_time(self)
         require_dropout(self)
         require_choice(self, "embedding", ("positional", "fourier"))
         require_choice(self, "encoder", ("standard", "skip", "residual"))
@@ -151,7 +157,8 @@ class NoiseEmbedding(nn.Module):
 class SongUNet(nn.Module):
     """F(x, c_noise, labels, augment_labels) for x float [B, in_channels, R, R], c_noise fp32 [B], labels int64 [B] or None.
 
-    augment_labels: float [B, augment_channels] or None (nothing augmented).
+    augment_labels: float [B, augment_channels] or None (nothing augmented). end: with `second_time`, the end r fp32 [B] of an average
+    velocity, 0 where left out.
     Returns [B, out_channels, R, R]. Works and returns in the dtype of its parameters.
     State-dict keys are those of EDM's networks; the 3C channels of qkv are (3, C) here, where EDM's are (C, 3).
     A label of -1, or labels=None, is no class.
@@ -170,6 +177,8 @@ class SongUNet(nn.Module):
             self.map_augment = linear(config.augment_channels, noise_channels, bias=False)
         self.map_layer0 = linear(noise_channels, emb_channels)
         self.map_layer1 = linear(emb_channels, emb_channels)
+        if config.second_time is not None:
+            self.second_embed = SecondTime(config.second_time, noise_channels, emb_channels)
         skips = self._build_encoder()
         self._build_decoder(skips)
         dropout.number_layers(self)
@@ -230,7 +239,7 @@ class SongUNet(nn.Module):
         """Fixes the dropout masks of the next passes: seed int64 [1], positions int64 [B]."""
         dropout.set_stream(self, seed, positions)
 
-    def embed(self, c_noise, labels=None, augment_labels=None):
+    def embed(self, c_noise, labels=None, augment_labels=None, *, end=None):
         """The embedding that every residual block starts from, [B, channels * channel_mult_emb]."""
         config = self.config
         emb = self.map_noise(c_noise).to(self.dtype)
@@ -243,11 +252,15 @@ class SongUNet(nn.Module):
             if config.augment_channels is None:
                 raise InputError("augmentation labels given to a network with network.augment_channels: None. Leave them out.")
             emb = emb + self.map_augment(augment_labels.to(self.dtype))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        emb = self.map_layer0(emb)
+        if takes_end(config, end):
+            emb = emb + self.second_embed(c_noise, end, self.map_noise)
+        return F.silu(self.map_layer1(F.silu(emb)))
 
-    def forward(self, x, c_noise, labels=None, augment_labels=None):
+    def forward(self, x, c_noise, labels=None, augment_labels=None, **conditions):
         # Two arguments for the common case: a folded network's embed takes no more.
-        emb = self.embed(c_noise, labels) if augment_labels is None else self.embed(c_noise, labels, augment_labels)
+        labels = (labels,) if augment_labels is None else (labels, augment_labels)
+        emb = self.embed(c_noise, *labels, **conditions)
         run = runner(self.config.checkpoint)
         x = patches.to_patches(x.to(self.dtype), self.config)
         return patches.to_pixels(self._decode(*self._encode(x, emb, run), emb, run), self.config)

@@ -1,6 +1,7 @@
 """The ADM U-Net (Dhariwal and Nichol 2021, as used by Consistency Models): configuration and network."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fastcm.networks.blocks import (
     Downsample,
     GroupNorm,
     ResBlock,
+    SecondTime,
     Upsample,
     downsample,
     norm_groups,
@@ -21,7 +23,17 @@ from fastcm.networks.blocks import (
     upsample,
     zero_init,
 )
-from fastcm.networks.checks import require, require_classes, require_counts, require_dropout, require_flags, require_levels, require_tuples
+from fastcm.networks.checks import (
+    require,
+    require_classes,
+    require_counts,
+    require_dropout,
+    require_flags,
+    require_levels,
+    require_second_time,
+    require_tuples,
+    takes_end,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,9 @@ class UNetConfig:
     dropout: float = 0.0
     dropout_resolution: int | None = None  # dropout in blocks of at most this many places a side; None: in all
     num_classes: int | None = None  # None: unconditional
+    second_time: str | None = (
+        None  # "gap" or "end": how the end of an average velocity is embedded (blocks.SecondTime); None: there is none
+    )
     scale_shift_norm: bool = True  # False: the embedding is added before the second norm
     resblock_updown: bool = True  # False: plain resampling layers between the levels
     conv_resample: bool = True  # those layers with a convolution; no effect with resblock_updown
@@ -53,6 +68,7 @@ class UNetConfig:
         require_counts(self, ("resolution", "in_channels", "out_channels", "channels", "blocks", "head_channels"))
         require_counts(self, ("num_heads", "norm_groups", "dropout_resolution"), optional=True)
         require_classes(self)
+        require_second_time(self)
         require_dropout(self)
         require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
         require_levels(self)
@@ -99,6 +115,8 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """F(x, c_noise, labels): x float [B, in_channels, R, R], c_noise fp32 [B], labels int64 [B] or None -> [B, out_channels, R, R].
 
+    end: with `second_time`, the end r fp32 [B] of an average velocity, 0 where left out.
+
     Works and returns in the dtype of its parameters. State-dict keys and weight layouts are those of openai/consistency_models.
     A label of -1, or labels=None, adds no class embedding.
     """
@@ -110,6 +128,8 @@ class UNet(nn.Module):
         self.config = config
         emb_channels = 4 * config.channels
         self.time_embed = nn.Sequential(nn.Linear(config.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        if config.second_time is not None:
+            self.second_embed = SecondTime(config.second_time, config.channels, emb_channels)
         if config.num_classes is not None:
             self.label_emb = ClassEmbedding(config.num_classes, emb_channels)
         skips = self._build_down()
@@ -186,17 +206,22 @@ class UNet(nn.Module):
         """Fixes the dropout masks of the next passes: seed int64 [1], positions int64 [B]."""
         dropout.set_stream(self, seed, positions)
 
-    def embed(self, c_noise, labels=None):
+    def embed(self, c_noise, labels=None, *, end=None):
         """SiLU of the noise (and class) embedding, [B, 4 * channels]: every residual block starts from it."""
-        emb = self.time_embed(sinusoidal_embedding(c_noise, self.config.channels).to(self.dtype))
+        embed = partial(sinusoidal_embedding, channels=self.config.channels)
+        first, silu, last = self.time_embed
+        emb = first(embed(c_noise).to(self.dtype))
+        if takes_end(self.config, end):
+            emb = emb + self.second_embed(c_noise, end, embed)
+        emb = last(silu(emb))
         if labels is not None:
             if self.config.num_classes is None:
                 raise InputError("labels given to an unconditional network, network.num_classes: None. Pass labels=None.")
             emb = emb + self.label_emb(labels)
         return nn.functional.silu(emb)
 
-    def forward(self, x, c_noise, labels=None):
-        emb = self.embed(c_noise, labels)
+    def forward(self, x, c_noise, labels=None, **conditions):
+        emb = self.embed(c_noise, labels, **conditions)
         run = runner(self.config.checkpoint)
         x = patches.to_patches(x.to(self.dtype), self.config)
         skips = []

@@ -71,6 +71,17 @@ _SCD = PublishedRun(
     ema_halflife_kimg=(500.0,),
     two_step=TRIGFLOW_TWO_STEP,
 )
+# Geng et al. 2025, appendix. AdamW without weight decay is their Adam.
+_MEANFLOW = PublishedRun(
+    network={**_DDPMPP, "dropout": 0.2, "second_time": "gap"},
+    objective=objective("meanflow"),
+    steps=800_000,
+    batch=1024,
+    lr=6e-4,
+    lr_warmup_kimg=10_000 * 1.024,
+    optimizer="adamw",
+    ema_decays=(0.99995,),
+)
 _SCT = replace(_SCD, network={**_DDPMPP, "dropout": 0.2}, objective=objective("sct"))
 
 
@@ -84,8 +95,10 @@ def cifar10(method: str = "ict", *, teacher: str | None = None, data: str | None
     ect: Geng et al. 2024 and run_ecm.sh of their code: DDPM++, 200k steps from a diffusion model given as --init, no augmentation.
     scd, sct: Lu and Song 2024, Appendix G: DDPM++, from a diffusion model (scd: --teacher, sct: --init). Their length is that of the
       appendix's comparison with ECT. Theirs has double normalisation too.
+    meanflow: Geng et al. 2025 (2505.13447), appendix, and cifar10_v0.sh of their code: DDPM++ with t and t - r embedded, without
+      preconditioning, 75 % of the samples with r < t. Theirs had EDM's augmentation pipe without vertical mirrors and samples from t = 1.
     """
-    runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ict": _ICT, "ect": _ECT, "scd": _SCD, "sct": _SCT}
+    runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ict": _ICT, "ect": _ECT, "scd": _SCD, "sct": _SCT, "meanflow": _MEANFLOW}
     return published("cifar10", method, runs, teacher=teacher, data=data)
 
 

@@ -20,7 +20,7 @@ def mnist(method: str = "ict", *, teacher: str | None = None, data: str | None =
         preset="mnist",
         method=method,
         data=data or "mnist",
-        network=patch_network(28, channels=1, classes=10, width=32),
+        network=own_network(method, patch_network(28, channels=1, classes=10, width=32)),
         noise=own_noise(method),
         objective=own_objective(method),
         optimizer=own_optimizer(),
@@ -52,7 +52,7 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
         preset="digits",
         method=method,
         data=data or "digits",
-        network=network,
+        network=own_network(method, network),
         noise=own_noise(method),
         objective=own_objective(method, P_std=1.8, s1=40),
         optimizer=own_optimizer(lr=2e-3),
@@ -81,6 +81,11 @@ def own_objective(method: str, *, P_std: float = 2.0, s1: int = 20) -> Objective
     }.get(method, {})
     levels = {} if method in ("edm", "ct", "tcm") else {"P_mean": 0.6, "P_std": P_std}
     return replace(objective(method), **levels, **changes)
+
+
+def own_network(method: str, network: dict[str, Any]) -> dict[str, Any]:
+    """The network with a second time where the method needs one."""
+    return {**network, "second_time": "gap"} if method == "meanflow" else network
 
 
 def own_optimizer(lr: float = 1e-3) -> OptimizerConfig:
@@ -194,7 +199,7 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
         preset="folder",
         method=method,
         data=data,
-        network=patch_network(resolution, channels=dataset.channels, classes=classes, width=width),
+        network=own_network(method, patch_network(resolution, channels=dataset.channels, classes=classes, width=width)),
         noise=own_noise(method),
         objective=own_objective(method),
         optimizer=replace(own_optimizer(), ema_halflife_kimg=(500.0,)),

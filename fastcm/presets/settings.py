@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastcm.consistency.denoiser import Preconditioning
+from fastcm.consistency.denoiser import FLOW_TIME, Preconditioning
 from fastcm.errors import InputError, nearest
 from fastcm.training.config import OptimizerConfig, TrainConfig
 from fastcm.training.methods import BOUNDARY_METHODS, CONTINUOUS_METHODS, METHODS
@@ -21,6 +21,7 @@ def objective(method: str) -> ObjectiveConfig:
     ict: Song and Dhariwal 2023, Table 1, the grid's last size lowered for runs of thousands rather than hundreds of thousands of steps.
     ect: Geng et al. 2024, CIFAR-10: the pair closes by halves in eight stages. scd, sct: Lu and Song 2024, CIFAR-10.
     tcm: Lee et al. 2024, CIFAR-10: ECT's, with the pair as close from the start as its first stage ends (1 - r / t = 0.001 n(t)).
+    meanflow: Geng et al. 2025 (2505.13447), appendix, CIFAR-10.
     """
     ect = ObjectiveConfig(
         distance="pseudo_huber",
@@ -53,6 +54,7 @@ def objective(method: str) -> ObjectiveConfig:
         "tcm": replace(ect, P_mean=0.0, P_std=0.2, s1=1, ect_q=1000.0),
         "scd": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
         "sct": ObjectiveConfig(P_mean=-1.0, P_std=1.4, tangent_warmup_kimg=5120.0),
+        "meanflow": ObjectiveConfig(P_mean=-2.0, P_std=2.0, flow_share=0.25, weight_power=0.75, weight_c=1e-3),
     }[method]
 
 
@@ -62,11 +64,13 @@ def noise(method: str, *, kind: str = "adm") -> Preconditioning:
     kind: the network's, which has its convention of c_noise, and methods share it, so that a student can start from its teacher's
     weights. scd and sct take TrigFlow's t (Lu and Song 2024, section 4.1): in 250 ln sigma the derivative that they need is mostly that
     of the embedding's fast sines. An scd teacher is then trained with the same noise.c_noise, or the student takes its teacher's and
-    objective.tangent finite-difference, as digits do. tcm's transition is that of its paper.
+    objective.tangent finite-difference, as digits do. tcm's transition is that of its paper. meanflow takes flow matching's form and t.
     """
     c_noise = {"adm": "250 ln sigma", "song": "ln sigma / 4"}[kind]
     if method in CONTINUOUS_METHODS:
         c_noise = "arctan(sigma / sigma_data)"
+    if method == "meanflow":
+        return Preconditioning(form="flow", c_noise=FLOW_TIME)
     form, transition = "boundary" if method in BOUNDARY_METHODS else "edm", 1.0 if method == "tcm" else None
     return Preconditioning(form=form, c_noise=c_noise, transition=transition)
 

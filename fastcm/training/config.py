@@ -9,7 +9,8 @@ from typing import Any
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, nearest, shown
 from fastcm.generation.request import SEED_RANGE, signed
-from fastcm.training.methods import CONTINUOUS_METHODS, ECT_METHODS, FIELDS_OF, METHODS, TAUGHT_METHODS, form_of
+from fastcm.networks import KINDS
+from fastcm.training.methods import DIFFERENTIATED_METHODS, ECT_METHODS, FIELDS_OF, METHODS, TAUGHT_METHODS, form_of
 from fastcm.training.objective_config import ObjectiveConfig
 from fastcm.training.setting_checks import check_choice, check_number
 
@@ -138,7 +139,7 @@ class TrainConfig:
         form = form_of(self.method, self.noise.base)
         if self.noise.form != form:
             raise InputError(f"form of another method in noise.form: {self.noise.form}. {self.method} trains the {form} form.")
-        if self.method in CONTINUOUS_METHODS and self.noise.c_noise == "nearest step":
+        if self.method in DIFFERENTIATED_METHODS and self.noise.c_noise == "nearest step":
             raise InputError(f"a c_noise without a derivative in noise.c_noise: nearest step. {self.method} needs interpolated step.")
         if (self.objective.pairs == "ect") != (self.method in ECT_METHODS):
             drawn = f"{' and '.join(ECT_METHODS)} alone draw pairs of ect"
@@ -146,6 +147,10 @@ class TrainConfig:
         if (self.noise.transition is not None) != (self.method == "tcm"):
             remedy = "Give the level below which its first stage answers, as 1." if self.method == "tcm" else "Only tcm has one."
             raise InputError(f"transition of another method in noise.transition: {self.noise.transition}. {remedy}")
+        if self.method == "meanflow" and self.network["kind"] in KINDS and self.network.get("second_time") is None:
+            able = self.network["kind"] != "unet2d"
+            remedy = "Pass --set network.second_time=gap" if able else "Networks of kind adm and song have one"
+            raise InputError(f"no second time in network.{'second_time: None' if able else 'kind: unet2d'}. {remedy}.")
         if self.lpips_weights is not None and self.objective.distance != "lpips":
             raise InputError(f"unused option: --lpips-weights {self.lpips_weights}. Add --set objective.distance=lpips.")
 

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.consistency.log_weight import LogWeight
+from fastcm.consistency.mean_flow import mean_flow_loss
 from fastcm.consistency.noise_schedule import TruncatedStudentT
 from fastcm.consistency.objective import Batch, FeatureDistance, TeacherStep, consistency_loss, continuous_loss, edm_loss, loss_weight
 from fastcm.consistency.solver import solver_step
 from fastcm.consistency.tangent import network_tangent
 from fastcm.training.config import TrainConfig
-from fastcm.training.methods import CONTINUOUS_METHODS
-from fastcm.training.schedule import sigma_draw, sigma_pair, truncated_pair
+from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS
+from fastcm.training.schedule import flow_pair, sigma_draw, sigma_pair, truncated_pair
 from fastcm.training.step_scalars import StepScalars
 
-SIGMA_STREAM = 1
+SIGMA_STREAM, END_STREAM, FLOW_SHARE_STREAM = 1, 6, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Guides:
 class MethodLoss:
     """loss(batch, scalars, factor) -> per-sample loss [B] fp32, times factor [1] fp32.
 
-    student: its network may be a compiled module; tangent_network: the same weights uncompiled, for the derivative of sct and scd.
+    student: its network may be a compiled module; tangent_network: the same weights uncompiled, for the derivative of
+    scd, sct and meanflow.
     log_weight: the trained w(sigma) of continuous-time methods, to be optimised along; None elsewhere.
     """
 
@@ -58,9 +60,9 @@ class MethodLoss:
         if config.method == "tcm":
             nu, (low, high) = config.objective.tcm_nu, config.noise.sigma_range
             self.levels = TruncatedStudentT(nu=nu, P_mean=config.objective.P_mean, P_std=config.objective.P_std, low=low, high=high)
-        if config.method in CONTINUOUS_METHODS:
+        if config.method in DIFFERENTIATED_METHODS:
             self.tangent = network_tangent(tangent_network, config.objective.tangent, step=config.objective.tangent_step, compiled=compiled)
-            if config.objective.adaptive_weight:
+            if config.method in CONTINUOUS_METHODS and config.objective.adaptive_weight:
                 self.log_weight = LogWeight()
 
     def __call__(self, batch: Batch, scalars: StepScalars, factor: Tensor) -> Tensor:
@@ -78,6 +80,20 @@ class MethodLoss:
                 tangent_c=objective.tangent_c,
                 teacher=self.teacher,
                 log_weight=self.log_weight,
+                factor=factor,
+            )
+        if self.config.method == "meanflow":
+            others = (kernels.uniform(batch.seed, batch.position, stream=stream) for stream in (END_STREAM, FLOW_SHARE_STREAM))
+            return mean_flow_loss(
+                self.student,
+                batch,
+                *flow_pair(objective, u, *others),
+                tangent=self.tangent,
+                power=objective.weight_power,
+                weight_c=objective.weight_c,
+                omega=objective.omega,
+                kappa=objective.kappa,
+                velocity=objective.velocity,
                 factor=factor,
             )
         if self.levels is not None:

@@ -2,8 +2,9 @@
 
 from fastcm.consistency.denoiser import BOUNDARY_FORMS
 
-METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct", "tcm")
+METHODS = ("edm", "cd", "ct", "ict", "ect", "scd", "sct", "tcm", "meanflow")
 CONTINUOUS_METHODS = ("scd", "sct")
+DIFFERENTIATED_METHODS = (*CONTINUOUS_METHODS, "meanflow")  # those that take the network's derivative
 TAUGHT_METHODS = ("cd", "scd")  # those that read a diffusion teacher
 ECT_METHODS = ("ect", "tcm")  # those whose pairs close by ECT's map
 BOUNDARY_METHODS = ("cd", "ct", "ict")  # those whose denoiser is the identity at sigma_min rather than at 0
@@ -28,4 +29,5 @@ FIELDS_OF = {
     "tcm": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b", "tcm_nu", "tcm_share", "tcm_weight"),
     "scd": _TANGENT_FIELDS,
     "sct": _TANGENT_FIELDS,
+    "meanflow": ("P_mean", "P_std", "tangent", "tangent_step", "flow_share", "weight_power", "weight_c", "omega", "kappa", "velocity"),
 }

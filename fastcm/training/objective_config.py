@@ -28,6 +28,8 @@ class ObjectiveConfig:
     curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
     tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight: of continuous-time methods
       (`objective.continuous_loss`).
+    flow_share: of MeanFlow's samples, those with r = t, which are flow matching's; weight_power, weight_c: p and c of its adaptive weight;
+      omega, kappa: of guidance inside training; velocity: "data" or, as iMF, "network" (`mean_flow.mean_flow_loss`).
     """
 
     distance: str = "l2"
@@ -53,6 +55,12 @@ class ObjectiveConfig:
     tangent_c: float = 0.1
     tangent_warmup_kimg: float = 0.0
     adaptive_weight: bool = True
+    flow_share: float = 0.75
+    weight_power: float = 1.0
+    weight_c: float = 1e-3
+    omega: float = 1.0
+    kappa: float = 0.0
+    velocity: str = "data"
 
     def __post_init__(self):
         for name, choices in (
@@ -64,6 +72,7 @@ class ObjectiveConfig:
             ("solver", tuple(STEPS)),
             ("tangent", TANGENTS),
             ("adaptive_weight", (True, False)),
+            ("velocity", ("data", "network")),
         ):
             check_choice(f"objective.{name}", getattr(self, name), choices)
         if self.huber_c is not None:
@@ -85,3 +94,8 @@ class ObjectiveConfig:
         check_number("objective.tangent_c", self.tangent_c, 0)
         check_number("objective.tangent_warmup_kimg", self.tangent_warmup_kimg, 0)
         check_number("objective.mu0", self.mu0, 0, 1)
+        check_number("objective.flow_share", self.flow_share, 0, 1)
+        check_number("objective.weight_power", self.weight_power, 0)
+        check_number("objective.weight_c", self.weight_c, 0, open_low=True)
+        check_number("objective.omega", self.omega, 0, open_low=True)
+        check_number("objective.kappa", self.kappa, 0, 1)

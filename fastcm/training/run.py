@@ -1,6 +1,7 @@
 """A training run from settings to a session: everything is opened and checked before anything is created."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def check_network(network: nn.Module) -> None:
             )
 
 
+def check_second_time(network: nn.Module) -> None:
+    """Refuses a module that meanflow cannot tell the end of an average velocity."""
+    parameters = inspect.signature(network.forward).parameters
+    if "end" not in parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise InputError(f"no second time in network: {type(network).__name__}. Let its forward take end=None, fp32 [B]; None means 0.")
+
+
 def run(
     config: TrainConfig,
     out: Path,
@@ -84,6 +92,8 @@ def run(
     processes = processes or Processes()
     device, network = choose_device(config.device), network if network is not None else build_network(config)
     check_network(network)
+    if config.method == "meanflow":
+        check_second_time(network)
     processes.share(config.batch)
     processes.use(device)
     precision = resolve_precision(config.precision, device, config.noise)

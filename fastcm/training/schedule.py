@@ -82,6 +82,17 @@ def truncated_pair(
     return sigma_hi, sigma_lo.float(), counts.float()
 
 
+def flow_pair(objective: ObjectiveConfig, u: Tensor, u_end: Tensor, u_share: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels (sigma, sigma_end) [B] fp32 of MeanFlow's times t >= r from uniforms [B] (Geng et al. 2025, section 4.3).
+
+    ln sigma is the logit of t = sigma / (1 + sigma): the paper's logit-normal draw is a log-normal one of sigma. Of two draws the larger is
+    t and the smaller r, which in a share of the samples is then t itself.
+    """
+    one, other = sigma_draw(objective, u), sigma_draw(objective, u_end)
+    sigma = torch.maximum(one, other)
+    return sigma, torch.where(u_share < objective.flow_share, sigma, torch.minimum(one, other))
+
+
 def sigma_draw(objective: ObjectiveConfig, u: Tensor) -> Tensor:
     """Noise levels [B] fp32 of diffusion and of continuous-time consistency training."""
     return noise_schedule.log_normal(u, P_mean=objective.P_mean, P_std=objective.P_std)

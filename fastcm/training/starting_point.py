@@ -7,17 +7,19 @@ from typing import Any
 from torch import nn
 
 from fastcm import networks
-from fastcm.consistency.denoiser import Denoiser
+from fastcm.consistency.denoiser import C_NOISE, FLOW_TIME, STEPS, Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TrainConfig
-from fastcm.training.methods import CONTINUOUS_METHODS, form_of
+from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS, form_of
 from fastcm.weights.model_folder import network_config
 
 DIFFERENCE_STEP = 0.05  # of ln(sigma): a derivative in a chain's step is mostly that of the embedding's fast sines
+SMOOTH_C_NOISE = tuple(name for name in C_NOISE if name not in ("250 ln sigma", *STEPS))
 # What a run decides itself on another model's network: its images and classes, and what is no part of the weights.
-OWN_FIELDS = ("resolution", "in_channels", "out_channels", "num_classes", "dropout", "dropout_resolution", "checkpoint")
+OWN_FIELDS = ("resolution", "in_channels", "out_channels", "num_classes", "second_time", "dropout", "dropout_resolution", "checkpoint")
+SECOND_TIME = "second_embed."  # the layer of a second time, which is zero at first
 CLASS_TABLES = ("label_emb.", "map_label.", "class_embedding.")  # the layers whose shape follows the number of classes
 
 
@@ -25,21 +27,25 @@ def like(config: TrainConfig, model: Denoiser, *, teacher: Denoiser | None = Non
     """The run's settings with the network of `model`, for the run's own images and classes, and with the noise of that network, or of the
     teacher where there is one: its levels, how it is told them, and what it predicts, in the form that the method trains.
 
-    A method that differentiates by c_noise keeps its own, which `check_against` compares, where the EDM form lets it; from other forms it
-    takes differences, in fp32. Networks of users' own change nothing.
+    scd and sct, which differentiate by c_noise, keep their own, which `check_against` compares, where the EDM form lets them; from other
+    forms they take differences, in fp32. meanflow takes the model's, with differences where its sines are fast, and adds the second time.
+    Networks of users' own change nothing.
     """
     theirs = network_config(model.network)
     if theirs["kind"] not in networks.KINDS:
         return config
     config_class, _ = networks.KINDS[theirs["kind"]]
     own = {f.name: config.network.get(f.name, f.default) for f in fields(config_class) if f.name in OWN_FIELDS}
-    config = replace(config, network={**theirs, **own})
     noise = (teacher or model).preconditioning
-    if config.method in CONTINUOUS_METHODS and config.objective.tangent != "finite-difference":
-        if noise.base == "edm":
+    if config.method == "meanflow" and "second_time" in own:
+        own["second_time"] = theirs["second_time"] or ("gap" if noise.c_noise == FLOW_TIME else "end")
+    config = replace(config, network={**theirs, **own})
+    if config.method in DIFFERENTIATED_METHODS and config.objective.tangent != "finite-difference":
+        if config.method in CONTINUOUS_METHODS and noise.base == "edm":
             return config
-        differences = replace(config.objective, tangent="finite-difference", tangent_step=DIFFERENCE_STEP)
-        config = replace(config, objective=differences, precision="fp32")
+        if config.method in CONTINUOUS_METHODS or noise.c_noise not in SMOOTH_C_NOISE:
+            differences = replace(config.objective, tangent="finite-difference", tangent_step=DIFFERENCE_STEP)
+            config = replace(config, objective=differences, precision="fp32")
     own = {"form": form_of(config.method, noise.base), "transition": config.noise.transition}
     return replace(config, noise=replace(noise, **own))
 
@@ -80,12 +86,14 @@ def check_against(model: Denoiser, info: dict[str, Any], config: TrainConfig, da
 
 
 def copy_weights(network: nn.Module, source: nn.Module, option: str) -> str | None:
-    """Fills the network with another's weights; its class table stays as it is where that is of another number of classes.
+    """Fills the network with another's weights; its class table stays as it is where that is of another number of classes,
+    and the layer of a second time where the other has none.
 
     Returns the line that says so. Raises InputError naming up to three tensors of other names or shapes.
     """
     own = network.state_dict()
     state = {name.removeprefix("_orig_mod."): value for name, value in source.state_dict().items()}
+    state |= {name: value for name, value in own.items() if name.startswith(SECOND_TIME) and name not in state}
     wrong = [name for name in {**own, **state} if name not in state or name not in own or state[name].shape != own[name].shape]
     anew = bool(wrong) and all(name.startswith(CLASS_TABLES) for name in wrong)
     if wrong and not anew:

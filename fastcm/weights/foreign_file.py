@@ -34,7 +34,12 @@ def refuse(
 
 
 def require_plain(config, form: str) -> None:
-    """Raises InputError for a network of patches or with padded images, which no other format has. form: the format's name."""
+    """Raises InputError for a network of patches, with padded images or with a second time, which no other format has.
+
+    form: the format's name.
+    """
+    if getattr(config, "second_time", None) is not None:
+        raise InputError(f"no {form} form in network.second_time: {config.second_time}. Its networks know one time; use fastcm's own.")
     if not patches.is_plain(config):
         name = "patch" if config.patch > 1 else "resolution"
         value = getattr(config, name)

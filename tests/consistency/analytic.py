@@ -29,6 +29,8 @@ def sigma_of(p: Preconditioning, c_noise: Tensor) -> Tensor:
         levels, step = p.betas.levels(), c_noise.clamp(0, p.betas.steps - 1)
         low = step.floor().long().clamp(max=len(levels) - 2)
         return torch.exp(torch.lerp(levels[low].log(), levels[low + 1].log(), step - low))
+    if p.c_noise == "sigma / (1 + sigma)":
+        return c_noise / (1 - c_noise)
     scale = {"250 ln sigma": 250.0, "ln sigma / 4": 0.25, "ln(sigma / 2)": 1.0}[p.c_noise]
     return torch.exp(c_noise / scale) * (2 if p.c_noise == "ln(sigma / 2)" else 1)
 
@@ -47,6 +49,7 @@ def exact_scalings(p: Preconditioning, sigma: Tensor) -> tuple[Tensor, Tensor, T
         "v": (a * a, -b, a),  # x_0 = a x - b F
         "sample": (0 * a, a / a, a),
         "ve": (a / a, b / a, a / a),  # x_0 = x + sigma^2 score, F = sigma score
+        "flow": (1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma)),  # x_0 = z - t v
     }[p.base]
     if not p.is_boundary:
         return skip, out, c_in

@@ -23,6 +23,8 @@ def noise_of(form: str) -> dict:
     base = next(base for base in BASES if form in (base, BOUNDARY_FORMS[base]))
     if base == "edm":
         return {"form": form, "c_noise": "ln sigma / 4"}
+    if base == "flow":
+        return {"form": form, "c_noise": "sigma / (1 + sigma)"}
     if base == "ve":
         return {"form": form, "c_noise": "ln(sigma / 2)", "sigma_min": 0.02, "sigma_max": 100.0}
     low, high = CHAIN.sigma_range
@@ -44,7 +46,7 @@ def test_what_each_form_predicts_gives_the_image_back():
     sigma = torch.tensor([0.02, 0.5, 3.0, 90.0])
     a = expand((1 + sigma.square()).rsqrt(), image)
     b = expand(sigma, image) * a
-    predictions = {"epsilon": noise, "v": a * noise - b * image, "sample": image, "ve": -noise}
+    predictions = {"epsilon": noise, "v": a * noise - b * image, "sample": image, "ve": -noise, "flow": noise - image}
     for form, prediction in predictions.items():
         seen = {}
 
@@ -56,7 +58,8 @@ def test_what_each_form_predicts_gives_the_image_back():
         x = image + expand(sigma, image) * noise
         D = Denoiser(Told(), Preconditioning(**noise_of(form)))(x, sigma)
         torch.testing.assert_close(D, image, rtol=0, atol=3e-5, msg=form)
-        torch.testing.assert_close(seen["x"], x if form == "ve" else a * image + b * noise, rtol=1e-5, atol=1e-5)
+        own = {"ve": x, "flow": x / expand(1 + sigma, x)}.get(form, a * image + b * noise)
+        torch.testing.assert_close(seen["x"], own, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form in BOUNDARY_FORMS.values()])
@@ -68,7 +71,7 @@ def test_boundary_forms_are_the_identity_at_sigma_min_and_below(form):
     assert not torch.allclose(Denoiser(Scaled(), p)(x, torch.full((2,), 1.5 * p.sigma_min)), x, atol=1e-4)
 
 
-@pytest.mark.parametrize("base", ["epsilon", "v", "sample", "ve"])
+@pytest.mark.parametrize("base", ["epsilon", "v", "sample", "ve", "flow"])
 def test_the_boundary_mixes_x_with_the_denoised_image(base):
     inner, outer = (Preconditioning(**noise_of(form)) for form in (base, BOUNDARY_FORMS[base]))
     x, sigma = torch.randn(3, 1, 4, 4), torch.tensor([0.1, 0.5, 20.0])
@@ -111,7 +114,7 @@ def test_the_solver_follows_the_trajectory_in_every_form(base):
     assert euler_step(teacher, torch.ones(1, 1, 2, 2), levels[:1], levels[-1:]).mean().item() != pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("base", ["epsilon", "v", "ve"])
+@pytest.mark.parametrize("base", ["epsilon", "v", "ve", "flow"])
 def test_continuous_distillation_has_its_zero_there_too(base):
     noise = {**noise_of(base), "c_noise": "ln sigma / 4", "betas": None}  # smooth in sigma, so that the derivative is exact
     teacher, batch = gaussian_teacher(data_std=DATA_STD, **noise), gaussian_batch(3)
@@ -129,7 +132,7 @@ def test_continuous_distillation_has_its_zero_there_too(base):
 def test_denoising_losses_are_those_of_the_papers():
     # 1 / c_out^2 makes the loss one of F itself: |F - noise|^2 for epsilon, |F - image|^2 for sample.
     batch, sigma = gaussian_batch(3), torch.tensor([0.1, 1.0, 30.0])
-    for form in ("epsilon", "v", "sample", "ve"):
+    for form in ("epsilon", "v", "sample", "ve", "flow"):
         p = Preconditioning(**noise_of(form))
         exact = Denoiser(GaussianNetwork(p, "denoiser", data_std=DATA_STD), p)
         noisy = Denoiser(Scaled(), p)
@@ -140,13 +143,13 @@ def test_the_edm_form_of_a_network_is_the_same_denoiser():
     for base in BASES:
         p = Preconditioning(**noise_of(base))
         sigma, x, F = torch.tensor([0.05, 1.0, 50.0]), torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
-        A, B = p.in_edm_form(sigma)
+        A, B = p.in_form("edm", sigma)
         edm = Preconditioning(form="edm").coefficients(sigma)
         own = p.coefficients(sigma)
         want = expand(own.c_skip, x) * x + expand(own.c_out, x) * F
         got = expand(edm.c_skip, x) * x + expand(edm.c_out, x) * (expand(A, x) * x + expand(B, x) * F)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    A, B = Preconditioning(form="edm").in_edm_form(sigma)
+    A, B = Preconditioning(form="edm").in_form("edm", sigma)
     assert torch.equal(A, torch.zeros(3)) and torch.equal(B, torch.ones(3))
 
 

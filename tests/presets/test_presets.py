@@ -79,6 +79,8 @@ ECT = {
 }
 ECT_LARGE = {**ECT, "huber_c": 0.06, "loss_weight": "karras", "P_mean": -0.8, "P_std": 1.6, "s1": 4, "ect_q": 4.0}
 EDM = {"P_mean": -1.2, "P_std": 1.2}
+MEAN_FLOW = {"P_mean": -2.0, "P_std": 2.0, "flow_share": 0.25, "weight_power": 0.75, "weight_c": 1e-3, "omega": 1.0, "velocity": "data"}
+ADAM_MEAN_FLOW = {"optimizer": ADAM, "warmup_kimg": 10_240}
 SCM = {"tangent": "jvp", "tangent_c": 0.1, "adaptive_weight": True, "P_mean": -1.0}
 # (preset, method): network, steps, batch, learning rate, averages (decay per step below 1, half-life in kimg above), loss, the rest.
 PUBLISHED = {
@@ -105,6 +107,7 @@ PUBLISHED = {
         {**SCM, "P_std": 1.4, "tangent_warmup_kimg": 5_120},
         {"betas": B2, "dropout": 0.2},
     ),
+    ("cifar10", "meanflow"): ("ddpm++ r", 800_000, 1024, 6e-4, (0.99995,), MEAN_FLOW, {**ADAM_MEAN_FLOW, "dropout": 0.2}),
     ("cifar10-code", "edm"): ("ncsn++", 400_000, 512, 1e-3, (500,), EDM, {"optimizer": ADAM, "warmup_kimg": 10_000, "dropout": 0.13}),
     ("cifar10-code", "cd"): ("ncsn++", 800_000, 512, 4e-4, (0.9999,), CD_CIFAR, {}),
     ("cifar10-code", "ct"): ("ncsn++", 800_000, 512, 4e-4, (0.9999,), ct(150, 0.9, "adaptive-code"), {}),
@@ -187,6 +190,7 @@ NCSNPP = {
 }
 NETWORKS = {  # kind, resolution, classes, weights, options
     "ddpm++": ("song", 32, None, 55_732_739, {**SONG, "embedding": "positional", "channel_mult_noise": 1, "resample_filter": (1, 1)}),
+    "ddpm++ r": ("song", 32, None, 55_798_275, {**SONG, "embedding": "positional", "second_time": "gap"}),
     "ncsn++": ("song", 32, None, 56_395_523, NCSNPP),
     "ncsn++ .02": ("song", 32, None, 56_395_523, {**NCSNPP, "fourier_scale": 0.02}),
     "ncsn++ .02 deep": ("song", 32, None, 97_610_499, {**NCSNPP, "fourier_scale": 0.02, "blocks": 8}),
@@ -263,7 +267,10 @@ def test_augmentation_labels_give_the_published_count():
 def test_form_and_conditioning(name, method):
     noise = config_of(name, method).noise
     assert (noise.sigma_min, noise.sigma_max, noise.sigma_data, noise.rho) == (0.002, 80.0, 0.5, 7.0)
-    assert noise.form == ("boundary" if method in ("cd", "ct", "ict") else "edm")
+    assert noise.form == {"cd": "boundary", "ct": "boundary", "ict": "boundary", "meanflow": "flow"}.get(method, "edm")
+    if method == "meanflow":
+        assert noise.c_noise == "sigma / (1 + sigma)" and config_of(name, method).network["second_time"] == "gap"
+        return
     network = "ln sigma / 4" if name.startswith("cifar10") or name == "emoji32-large" else "250 ln sigma"
     trigflow = method in ("scd", "sct") and (name, method) not in (("digits", "scd"), ("mnist", "scd"))  # whose teacher is their own
     assert noise.c_noise == ("arctan(sigma / sigma_data)" if trigflow else network)

@@ -28,12 +28,21 @@ def first_stage(tmp_path_factory):
     return str(out)
 
 
+class Deaf(torch.nn.Module):
+    """A network of a user's own that knows one time."""
+
+    def forward(self, x, c_noise, labels=None):
+        return x
+
+
 CASES = {
     "ect": {"objective.s1": 3},
     "tcm": {"network.dropout": 0.2},
     "scd": {"objective.tangent_warmup_kimg": 0.1},
     "sct": {"objective.tangent_warmup_kimg": 0.1, "noise.c_noise": "arctan(sigma / sigma_data)"},
     "sct-difference": {"objective.tangent": "finite-difference", "objective.adaptive_weight": False},
+    "meanflow": {},
+    "meanflow-improved": {"objective.velocity": "network", "objective.flow_share": 0.5},
     "cd-classifier": {"objective.distance": "classifier", "objective.loss_weight": "uniform"},
 }
 
@@ -152,6 +161,15 @@ def test_no_recompilation_of_a_second_stage(tmp_path, no_recompilation):
     assert len(no_recompilation) == 11
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tangent", ["jvp", "finite-difference"])
+def test_no_recompilation_of_meanflow(tmp_path, no_recompilation, tangent):
+    """The network's pass, its velocity at t and its derivative have one graph each."""
+    options = {"objective.tangent": tangent, "objective.velocity": "network"}
+    small_run(tmp_path / "run", method="meanflow", kimg=0.02, **options, **PLAIN, compile="on")
+    assert len(no_recompilation) == 10
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -169,6 +187,10 @@ def test_no_recompilation_of_a_second_stage(tmp_path, no_recompilation):
         ({"method": "ect", "changes": {"objective.ect_q": 1.0}}, "objective.ect_q: 1"),
         ({"method": "sct", "changes": {"objective.tangent": "jpv"}}, "Did you mean 'jvp'"),
         ({"method": "ict", "changes": {"lpips_weights": "vgg.pth"}}, "--lpips-weights vgg.pth"),
+        ({"method": "meanflow", "changes": {"network.second_time": None}}, "network.second_time: None. Pass --set network.second_time=gap"),
+        ({"method": "meanflow", "changes": {"objective.velocity": "netwrok"}}, "Did you mean 'network'"),
+        ({"method": "meanflow", "changes": {"objective.flow_share": 1.5}}, "objective.flow_share: 1.5"),
+        ({"method": "meanflow", "network": Deaf()}, "no second time in network: Deaf. Let its forward take end=None"),
         ({"method": "sct", "changes": {"objective.tangent": "finite-difference", "precision": "bf16"}}, "--precision: bf16"),
     ],
 )

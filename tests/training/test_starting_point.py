@@ -1,5 +1,7 @@
 """What a run takes from the model that it starts from: its network, and its weights but for a class table of another size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from training_runs import small_run
 
 from fastcm import cli, runs
 from fastcm.api import load_denoiser
+from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError
 from fastcm.training.starting_point import copy_weights
-from fastcm.weights.model_folder import network_config
+from fastcm.weights.model_folder import network_config, save_model
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8)
 QUICK = {"batch": 16, "precision": "fp32", "device": "cpu", "duration_kimg": 0.016}
@@ -60,6 +63,27 @@ def test_every_other_weight_is_copied(teacher):
     assert torch.equal(network.label_emb.weight, table)
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in network.state_dict().items() if not k.startswith("label_emb"))
     assert copy_weights(source, source, "--init") is None
+
+
+@pytest.mark.parametrize(
+    ("c_noise", "tangent", "second_time"),
+    [("250 ln sigma", "finite-difference", "end"), ("arctan(sigma / sigma_data)", "jvp", "end"), ("sigma / (1 + sigma)", "jvp", "gap")],
+)
+def test_a_diffusion_model_is_where_meanflow_starts(teacher, tmp_path, c_noise, tangent, second_time):
+    given, info = load_denoiser(teacher)
+    theirs = Denoiser(given.network, replace(given.preconditioning, c_noise=c_noise))
+    save_model(tmp_path / "edm", theirs, info)
+    ready = runs.plan("digits", method="meanflow", out=tmp_path / "run", changes={**QUICK, "lr": 1e-12, "init": str(tmp_path / "edm")})
+    assert (ready.config.noise, ready.config.objective.tangent) == (theirs.preconditioning, tangent)
+    assert ready.config.network == {**network_config(theirs.network), "second_time": second_time}
+    runs.start(ready)
+    ours = load_denoiser(tmp_path / "run")[0]
+    x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 20.0]), torch.tensor([1, 2, 3])
+    torch.testing.assert_close(ours(x, sigma, labels), theirs(x, sigma, labels), rtol=1e-4, atol=1e-5)
+    c = ours.coefficients(sigma)
+    F_x = ours.network(c.c_in[:, None, None, None] * x, c.c_noise, labels, end=sigma / (1 + sigma))  # r = t
+    D_x = c.c_skip[:, None, None, None] * x + c.c_out[:, None, None, None] * F_x
+    torch.testing.assert_close(D_x, theirs(x, sigma, labels), rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_of_other_classes_is_refused(teacher):
