@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fastcm.errors import RunError, reason_of
 from fastcm.export.program import Program
-from fastcm.generation.onnx_contract import Contract
+from fastcm.generation.onnx_contract import Contract, rounding
 from fastcm.generation.sampler import SeedNoise
 
 BATCHES = (1, 2, 5)
 SEEDS = (0, 1, 2, 3, -1, 12345, 2**31, 2**63 - 1)
+LEVELS = (0.01, 80.0)  # of sigma, where it is an input
 # Images that vary less than this between seeds agree whatever the graph does with the network's output.
 VARIATION = 0.02
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -55,6 +56,8 @@ def compare(run: Run, reference: Program, contract: Contract, batches: Sequence[
         order = np.resize(np.arange(len(SEEDS)), -(-len(SEEDS) // batch) * batch)
         parts = [run({name: x[order[i : i + batch]] for name, x in feeds.items()}) for i in range(0, len(order), batch)]
         error = np.abs(np.concatenate(parts).astype(np.float64) - images[order]).reshape(len(order), -1)
+        if "sigma" in feeds:  # |c_out| is sigma at most
+            error /= rounding(feeds["sigma"][order, None])
         # A NaN is the worst error of all.
         per_image = np.where(np.isnan(error).any(axis=1), np.inf, error.max(axis=1))
         worst = int(per_image.argmax())
@@ -63,14 +66,20 @@ def compare(run: Run, reference: Program, contract: Contract, batches: Sequence[
 
 
 def check_inputs(contract: Contract) -> dict[str, Tensor]:
-    """Inputs for SEEDS: the noise that a sampler draws, smooth pictures, masks of half the pixels, labels from the first to the last."""
+    """Inputs for SEEDS: the noise that a sampler draws, smooth pictures, masks of half the pixels, labels from the first to the last;
+    of a denoiser noise alone, at levels from LEVELS' first to its last."""
     seeds, (channels, size) = torch.tensor(SEEDS), (contract.channels, contract.resolution)
     source = SeedNoise(seeds, (channels, size, size))
+    sigma = torch.from_numpy(np.geomspace(*LEVELS, len(SEEDS), dtype=np.float32))
     inputs = {}
     for name, (shape, _) in contract.inputs.items():
         if name == "noise":
             fields = [source.normal(step) for step in range(contract.steps)]
             inputs[name] = fields[0] if contract.steps == 1 else torch.stack(fields, dim=1)
+        elif name == "x":
+            inputs[name] = sigma[:, None, None, None] * source.normal(0)
+        elif name == "sigma":
+            inputs[name] = sigma
         elif name == "seeds":
             inputs[name] = seeds
         elif name == "labels":

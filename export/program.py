@@ -12,7 +12,7 @@ from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.generation import editing
 from fastcm.generation.frozen import ClassTable, freeze
-from fastcm.generation.onnx_contract import GENERATE, INPAINT, SUPERRES, Contract
+from fastcm.generation.onnx_contract import DENOISE, GENERATE, INPAINT, SUPERRES, Contract
 from fastcm.generation.sampler import GivenNoise, Noise, SeedNoise, multistep
 from fastcm.networks.inference import constant, for_inference
 
@@ -31,9 +31,7 @@ class Program(nn.Module):
 
     def __init__(self, denoiser: Denoiser, sigmas: Sequence[float], contract: Contract):
         super().__init__()
-        worker = for_inference(denoiser.network)
-        if contract.precision == "fp16":
-            worker = copy.deepcopy(worker).half()
+        worker = worker_of(denoiser, contract)
         # Over many levels, a table per class and level would outweigh the network.
         folded = len(sigmas) == 1 or len(sigmas) * (contract.classes or 0) <= FOLDED_ROWS
         folded |= contract.floats  # class embeddings compare integers
@@ -72,6 +70,12 @@ class Program(nn.Module):
             return images
         # Channels last before the cast: TensorRT and WebGPU have bytes at the border of a graph alone.
         return kernels.to_uint8(images.permute(0, 2, 3, 1).contiguous(), layout="NCHW")
+
+
+def worker_of(denoiser: Denoiser, contract: Contract) -> nn.Module:
+    """The denoiser's network for inference, in the contract's precision."""
+    worker = for_inference(denoiser.network)
+    return copy.deepcopy(worker).half() if contract.precision == "fp16" else worker
 
 
 class OneHotTable(nn.Module):
@@ -120,9 +124,22 @@ class SuperresProgram(Program):
         return self.edit(known, editing.patch_means(self.contract.factor), noise, labels)
 
 
+class DenoiseProgram(Program):
+    """x fp32 [B, C, H, W], sigma fp32 [B], labels int64 [B] -> D(x, sigma, labels), fp32 [B, C, H, W], unclamped: the whole noise
+    embedding is part of the program."""
+
+    def __init__(self, denoiser: Denoiser, sigmas: Sequence[float], contract: Contract):
+        super().__init__(denoiser, sigmas, contract)
+        self.levels = nn.ModuleList([Denoiser(worker_of(denoiser, contract), denoiser.preconditioning)])
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.levels[0](x, sigma, labels)
+
+
 def build(denoiser: Denoiser, sigmas: Sequence[float], contract: Contract) -> Program:
     """The program of a contract, with fp32 weights or a half-precision copy of them."""
     kinds = {GENERATE: SeededProgram if contract.seeded else Program, INPAINT: InpaintProgram, SUPERRES: SuperresProgram}
+    kinds[DENOISE] = DenoiseProgram
     return kinds[contract.task](denoiser, sigmas, contract).eval()
 
 

@@ -21,7 +21,7 @@ from fastcm.export.targets import Target, chosen_opset, chosen_target
 from fastcm.export.translations import translations
 from fastcm.generation.frozen import can_fold
 from fastcm.generation.generator import class_names
-from fastcm.generation.onnx_contract import GENERATE, SUPERRES, TASKS, TOLERANCE, Contract
+from fastcm.generation.onnx_contract import DENOISE, GENERATE, SUPERRES, TASKS, TOLERANCE, Contract
 from fastcm.generation.request import is_diffusion, noise_levels
 
 # A protobuf message ends at 2 GiB; beyond this the weights go to a file of their own.
@@ -74,7 +74,8 @@ def export_onnx(
     precision: "fp32", or "fp16" for half weights and activations; skip and output scaling, inputs and outputs stay fp32.
     target: "ort", "tensorrt", "web" or "mobile", which sets the opset and the form of GroupNorm. batch: fixed, or symbolic where None
     ("mobile": 1).
-    task: "generate", "inpaint" or "superres" with its `factor`. seeded: seeds in the place of noise. optimize: see fusion.py; "ort" alone.
+    task: "generate", "inpaint", "superres" with its `factor`, or "denoise": D(x, sigma, labels), of diffusion models too.
+    seeded: seeds in the place of noise. optimize: see fusion.py; "ort" alone.
     Every file is checked (structure.py, parity.py) before it gets its name and its manifest; one that fails is an error and leaves nothing.
     """
     out = Path(out)
@@ -85,7 +86,7 @@ def export_onnx(
     runtime = chosen_target(target, seeded=seeded)
     opset = chosen_opset(opset, runtime)
     if runtime.floats:
-        _check_floats(denoiser, precision=precision, uint8=uint8)
+        _check_floats(denoiser, precision=precision, uint8=uint8, task=task)
         batch = 1 if batch is None else batch
     form = {"precision": precision, "batch": batch, "uint8": uint8, "task": task, "factor": factor, "seeded": seeded}
     form["floats"] = runtime.floats
@@ -111,8 +112,10 @@ def export_onnx(
     return exported
 
 
-def _check_floats(denoiser: Denoiser, *, precision: str, uint8: bool) -> None:
+def _check_floats(denoiser: Denoiser, *, precision: str, uint8: bool, task: str) -> None:
     """InputError for what a graph of floats cannot be."""
+    if task == DENOISE:
+        raise InputError("a noise level as an input for --target mobile in --task: denoise. Use another target.")
     if precision == "fp16":
         raise InputError("half precision for --target mobile in --precision: fp16. The converters make it: mnnconvert --fp16, pnnx fp16=1.")
     if uint8:
@@ -127,13 +130,19 @@ def graph_of(
     denoiser: Denoiser, info: dict, *, steps: int | None, sigmas: Iterable[float] | None, task: str, **form
 ) -> tuple[Denoiser, tuple[float, ...], Contract]:
     """(plain denoiser, noise levels, contract) of what is asked for, checked. form: the other fields of the contract."""
+    if task == DENOISE:
+        for option, value in (("--steps", steps), ("--sigmas", sigmas), ("--seeded", form["seeded"]), ("--uint8", form["uint8"])):
+            if value not in (None, False):
+                raise InputError(f"an option that a denoiser's graph has no place for: {option}. Leave it out: x and sigma are inputs.")
+        return _plain(denoiser), (), _contract(denoiser, info, steps=0, task=task, **form)
     if is_diffusion(info, denoiser.preconditioning):
-        remedy = "One call gives its mean image; distil it first: fastcm train --method cd --teacher MODEL."
-        raise InputError(f"a diffusion teacher in MODEL: it needs a solver. {remedy}")
+        remedy = "Distil it first: fastcm train --method cd --teacher MODEL; or export its denoiser for a solver of yours: --task denoise."
+        raise InputError(f"a diffusion teacher in MODEL: one call gives its mean image. {remedy}")
     if steps is None and sigmas is None and task != GENERATE:
         steps = EDIT_STEPS
     levels = noise_levels(steps, sigmas, denoiser.preconditioning, info.get("sampling"))
-    return _plain(denoiser), levels, _contract(denoiser, info, steps=len(levels), task=task, **form)
+    gain = max(1.0, denoiser.coefficients(torch.tensor(levels)).c_out.abs().max().item())
+    return _plain(denoiser), levels, _contract(denoiser, info, steps=len(levels), task=task, gain=gain, **form)
 
 
 def convert(program: Program, contract: Contract, *, target: Target, opset: int, properties: dict[str, str]):

@@ -72,7 +72,14 @@ def polygraphy(onnx: Path, plan: Path, contract: Contract, batches: Profile) -> 
         for option, batch in zip(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes"), batches, strict=True):
             command += [option, *shapes(batch)]
     command += ["--input-shapes", *shapes(batches.tuned)]
-    ranges = {"noise": "[-3,3]", "image": "[-1,1]", "mask": "[0,1]", "labels": f"[0,{(contract.classes or 1) - 1}]"}
+    ranges = {
+        "noise": "[-3,3]",
+        "x": "[-3,3]",
+        "sigma": "[0.01,1]",
+        "image": "[-1,1]",
+        "mask": "[0,1]",
+        "labels": f"[0,{(contract.classes or 1) - 1}]",
+    }
     command += ["--val-range", *(f"{name}:{ranges[name]}" for name in contract.inputs)]
     cache = str(_cache(plan))
     return [*command, "--load-timing-cache", cache, "--save-timing-cache", cache, "--atol", f"{contract.tolerance:g}", "--rtol", "0"]

@@ -25,7 +25,7 @@ def add(subparsers) -> None:
     parser.add_argument("--seeded", action="store_true", help="seeds in the place of noise: the same images as fastcm, on CPUs alone")
     fusions = "apply ONNX Runtime's own fusions, where they change nothing; the graph then needs ONNX Runtime"
     parser.add_argument("--optimize", action="store_true", help=fusions)
-    parser.add_argument("--task", default="generate", help="generate (default), or an edit: inpaint, superres")
+    parser.add_argument("--task", default="generate", help="generate (default), an edit: inpaint, superres; or denoise: D(x, sigma)")
     engine = "build an engine: with --gpu on any machine, without on one with a GPU; elsewhere write the commands that build it"
     parser.add_argument("--tensorrt", metavar="OUT.plan", help=engine)
     cards = "--tensorrt: build for these cards by TensorRT for RTX: rtx50, rtx40, rtx30, rtx20, a100-class, sm_NN; or current"
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     print(*table(exported.comparisons, exported.contract.tolerance), sep="\n")
     if exported.variation < VARIATION:
         print(f"note: pixels vary by {exported.variation:.2g} between seeds, so this comparison says little. Is the model trained?")
-    sigmas = ",".join(f"{sigma:g}" for sigma in exported.sigmas)
+    sigmas = ",".join(f"{sigma:g}" for sigma in exported.sigmas) or "an input"
     size = exported.path.stat().st_size / 1e6
     print(f"{exported.path} ({size:.1f} MB, opset {exported.opset} for {exported.target}, {args.precision}, sigmas {sigmas})")
     if exported.fusion is not None:

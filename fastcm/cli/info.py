@@ -49,7 +49,8 @@ def _onnx(path: Path) -> dict[str, str]:
     from fastcm.generation.onnx_generator import OnnxGenerator
 
     generator = OnnxGenerator(path, provider="cpu")
-    graph = f"sigmas {','.join(f'{sigma:g}' for sigma in generator.graph_sigmas)}, {generator.precision}"
+    sigmas = ",".join(f"{sigma:g}" for sigma in generator.graph_sigmas) or "an input"
+    graph = f"sigmas {sigmas}, {generator.precision}"
     return {**_config(generator.info), "graph": graph, **_preconditioning(generator.info["preconditioning"])}
 
 

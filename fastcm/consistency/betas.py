@@ -92,11 +92,11 @@ class Betas:
         """What the network is told at sigma [B] fp32: the step of the nearest level (whole), or a real number that is linear in
         ln(sigma) between the levels. [B] fp32; the first or last step beyond the ends."""
         if self.schedule == "continuous":
-            root = (self.start**2 + 2 * (self.end - self.start) * torch.log1p(sigma.double().square())).sqrt()
+            root = (self.start**2 + 2 * (self.end - self.start) * _log1p(sigma.to(_working_dtype()).square())).sqrt()
             step = (root - self.start) / (self.end - self.start) * (self.steps - 1)
             return (self.scale * (step.round() if whole else step)).float()
         levels, above = self._segment(sigma)
-        low, high, sigma = levels[above - 1], levels[above], sigma.double()
+        low, high, sigma = levels.index_select(0, above - 1), levels.index_select(0, above), sigma.to(levels.dtype)
         if whole:
             step = above - 1 + (high - sigma < sigma - low).long()
         else:
@@ -115,8 +115,22 @@ class Betas:
 
     def _segment(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The levels on sigma's device, and the index of the one at or above each sigma, at least 1."""
-        levels = _levels_on(self, sigma.device)
-        return levels, torch.searchsorted(levels, sigma.double().contiguous()).clamp(1, len(levels) - 1)
+        levels = _levels_on(self, sigma.device).to(_working_dtype())
+        below = levels < sigma.to(levels.dtype)[:, None]  # counted: few runtimes of exported graphs can search
+        return levels, below.to(levels.dtype).sum(1).clamp(1, len(levels) - 1).long()
+
+
+def _working_dtype() -> torch.dtype:
+    """float64, but in exported graphs, whose runtimes may have none: a step then is right to about 1e-4 of it."""
+    return torch.float32 if torch.compiler.is_exporting() else torch.float64
+
+
+def _log1p(x: Tensor) -> Tensor:
+    """ln(1 + x), in exported graphs too, where ln is all there is: what 1 + x lost is given back in proportion."""
+    if not torch.compiler.is_exporting():
+        return torch.log1p(x)
+    whole = 1 + x
+    return whole.log() * x / (whole - 1).clamp(min=torch.finfo(x.dtype).eps)
 
 
 @functools.lru_cache(maxsize=32)

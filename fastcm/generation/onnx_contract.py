@@ -6,18 +6,25 @@ import numpy as np
 
 from fastcm.errors import InputError
 
-GENERATE, INPAINT, SUPERRES = TASKS = ("generate", "inpaint", "superres")
+GENERATE, INPAINT, SUPERRES, DENOISE = TASKS = ("generate", "inpaint", "superres", "denoise")
 # Largest difference of a pixel in [-1, 1]. fp32 graphs differ from torch by about 1e-6; a constant that is wrong by 0.1 % shows as 5e-4.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 UINT8_TOLERANCE = {"fp32": 1, "fp16": 4}  # levels: a value next to a half may round to either side
 
 
+def rounding(gain: np.ndarray | float) -> np.ndarray:
+    """The share of the tolerance that rounding takes: of networks in fp32 about 1e-6, times |c_out|."""
+    return np.maximum(1.0, 0.1 * np.asarray(gain, dtype=np.float64))
+
+
 class Contract(NamedTuple):
     """A graph's form. precision: of the weights and activations inside; inputs and outputs are never half.
 
-    task: "generate" makes images from noise, "inpaint" and "superres" edit a given one, superres enlarging it `factor` times.
+    task: "generate" makes images from noise, "inpaint" and "superres" edit a given one, superres enlarging it `factor` times; "denoise" is
+    D(x, sigma, labels) itself, for a sampler outside the graph. steps: network calls at levels that are constants; denoise has none: 0.
     seeded: seeds in the place of noise. batch: None where it is symbolic. floats: for runtimes that compute with floats alone, classes come
-    as rows that are 1 at the class and 0 elsewhere (all zeros are no class), and masks are arithmetic.
+    as rows that are 1 at the class and 0 elsewhere (all zeros are no class), and masks are arithmetic. gain: the largest |c_out|, by which
+    the network's rounding is multiplied: 157 at the top of DDPM's chain.
     """
 
     steps: int
@@ -31,15 +38,20 @@ class Contract(NamedTuple):
     seeded: bool = False
     batch: int | None = None
     floats: bool = False
+    gain: float = 1.0
 
     def checked(self) -> "Contract":
         """Itself; ValueError where a field, read from a file, is of another kind than it should be."""
-        counts = (self.steps, self.channels, self.resolution)
+        counts = (self.channels, self.resolution, self.steps if self.task != DENOISE else 1)
         counts += tuple(value for value in (self.classes, self.factor, self.batch) if value is not None)
         if not all(isinstance(value, int) and value > 0 for value in counts) or self.task not in TASKS or self.precision not in TOLERANCE:
             raise ValueError(f"not a graph's form: {self}")
+        if not (isinstance(self.gain, (int, float)) and self.gain >= 1):
+            raise ValueError(f"not a gain: {self.gain}")
         if (self.task == SUPERRES) != (self.factor is not None):
             raise ValueError(f"a factor and no super-resolution: {self}")
+        if self.task == DENOISE and self.steps != 0:
+            raise ValueError(f"constant levels in a denoiser: {self}")
         return self
 
     @property
@@ -47,6 +59,7 @@ class Contract(NamedTuple):
         """Name -> (shape without the batch, NumPy type), in the graph's order.
 
         noise: unit normal [C, H, W], of several steps [K, C, H, W]. image: in [-1, 1]. mask: 1 where pixels are generated, 0 where kept.
+        x: an image plus sigma times unit normal noise; sigma: a number per image.
         """
         image = (self.channels, self.resolution, self.resolution)
         inputs = {}
@@ -55,7 +68,9 @@ class Contract(NamedTuple):
         elif self.task == SUPERRES:
             small = self.resolution // self.factor
             inputs = {"image": ((self.channels, small, small), np.float32)}
-        if self.seeded:
+        if self.task == DENOISE:
+            inputs = {"x": (image, np.float32), "sigma": ((), np.float32)}
+        elif self.seeded:
             inputs["seeds"] = ((), np.int64)
         else:
             inputs["noise"] = (image if self.steps == 1 else (self.steps, *image), np.float32)
@@ -65,15 +80,17 @@ class Contract(NamedTuple):
 
     @property
     def output(self) -> tuple[tuple[int, ...], type]:
-        """Shape without the batch and NumPy type of `images`: [C, H, W] in [-1, 1] (superres: about that), uint8 [H, W, C]."""
+        """Shape without the batch and NumPy type of `images`: [C, H, W] in [-1, 1] (superres, denoise: about that), uint8 [H, W, C]."""
         if self.uint8:
             return (self.resolution, self.resolution, self.channels), np.uint8
         return (self.channels, self.resolution, self.resolution), np.float32
 
     @property
     def tolerance(self) -> float:
-        """How far a pixel may be from torch's in fp32, in units of the output."""
-        return (UINT8_TOLERANCE if self.uint8 else TOLERANCE)[self.precision]
+        """How far a pixel may be from torch's in fp32, in units of the output; of a denoiser in those of `rounding`."""
+        if self.uint8 or self.precision != "fp32" or self.task == DENOISE:
+            return (UINT8_TOLERANCE if self.uint8 else TOLERANCE)[self.precision]
+        return TOLERANCE["fp32"] * float(rounding(self.gain))
 
     def shape(self, name: str, batch: int) -> tuple[int, ...]:
         """The shape of an input with its batch."""

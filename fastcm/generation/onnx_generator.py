@@ -12,7 +12,7 @@ from fastcm import kernels
 from fastcm.consistency.denoiser import Preconditioning
 from fastcm.errors import InputError, RunError, nearest, reason_of
 from fastcm.generation.onnx_binding import Buffers
-from fastcm.generation.onnx_contract import GENERATE, Contract
+from fastcm.generation.onnx_contract import DENOISE, GENERATE, Contract
 from fastcm.generation.onnx_editing import OnnxEditing
 from fastcm.generation.onnx_session import PROVIDERS, open_session
 from fastcm.generation.request import check_output, finished, label_array, noise_levels, seed_array
@@ -109,6 +109,8 @@ class OnnxGenerator(OnnxEditing):
         seeds = seed_array(seeds)
         labels = label_array(labels, seeds, self.classes)
         self.sigmas(steps, sigmas)
+        if self.contract.task == DENOISE:
+            raise InputError(f"a denoiser in MODEL: {self.path}. It needs a solver outside the graph; docs/deploy.md has one in NumPy.")
         if self.contract.task != GENERATE:
             raise InputError(f"a graph that edits pictures in MODEL: {self.path}. Use fastcm edit {self.contract.task}.")
         if sampler not in (None, "consistency"):
