@@ -85,6 +85,7 @@ def plan(
         for name, given in (("preset", preset), ("method", method), ("data", data), ("teacher", teacher), ("out", out))
     )
     written = {name: value for name, value in written.items() if name not in PLAN_ARGUMENTS}
+    in_file = written.keys() - flat(changes or {}).keys()  # the names that an error finds there
     changes = {OPTION_FIELDS.get(name, name): _text(name, value) for name, value in {**written, **flat(changes or {})}.items()}
     changes = {name: READ_AS[name](value) if name in READ_AS and isinstance(value, str) else value for name, value in changes.items()}
     preset, method, data, teacher, out = (
@@ -131,7 +132,7 @@ def plan(
     kind = changes.pop("network.kind", config.network["kind"])
     if kind != config.network["kind"]:
         config = replace(config, network=of_kind(config.network, kind))
-    config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network))
+    config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network), written=in_file)
     if dataset is not None:
         check_data(config, dataset, custom=network is not None)
         if config.evaluate_every_kimg is not None:

@@ -176,6 +176,9 @@ def _listing(root: Path, found: dict[str, Span], others: Counter, watched: list[
         inside = beside[0].rfind("/") + 1
         classes = _from_file(span, where, [name[inside:] for name in names], limit)
         watched = [*watched, span.path]
+    elif others[".cls"]:
+        remedy = "Pack it (tar -cf x.tar -C FOLDER .), since tar shards have them read, or write a labels.csv, or take them away."
+        raise InputError(f"labels as .cls files in --data: {root} ({others['.cls']:,} of them). {remedy}")
     else:
         classes = labels.from_names([name[len(common) :] for name in names], root)
     return Listing(root, names, spans, classes, watched, others)

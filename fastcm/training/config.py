@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,11 +171,14 @@ class TrainConfig:
         )
 
 
-def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tuple[str, ...]) -> TrainConfig:
-    """Returns config with `changes`, whose keys are field names, dotted for the nested ones (`network.channels`)."""
+def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tuple[str, ...], written: Container[str] = ()) -> TrainConfig:
+    """Returns config with `changes`, whose keys are field names, dotted for the nested ones (`network.channels`).
+
+    written: the names that an error finds in --config, all others in --set.
+    """
     check_choice("--method", changes.get("method", config.method), METHODS)
     try:
-        return _overridden(config, changes, network_fields)
+        return _overridden(config, changes, network_fields, written)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # a list for a word, a word for a list
@@ -182,7 +186,7 @@ def override(config: TrainConfig, changes: dict[str, Any], *, network_fields: tu
         raise InputError(f"value of another kind in --set: {given[:200]} ({error}). Run fastcm train --dry-run for the defaults.") from None
 
 
-def _overridden(config: TrainConfig, changes: dict[str, Any], network_fields: tuple[str, ...]) -> TrainConfig:
+def _overridden(config: TrainConfig, changes: dict[str, Any], network_fields: tuple[str, ...], written: Container[str]) -> TrainConfig:
     nested: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     sections = {"noise": Preconditioning, "objective": ObjectiveConfig, "optimizer": OptimizerConfig}
@@ -190,17 +194,24 @@ def _overridden(config: TrainConfig, changes: dict[str, Any], network_fields: tu
     known += [f"{s}.{f.name}" for s, kind in sections.items() for f in dataclasses.fields(kind)] + [f"network.{f}" for f in network_fields]
     for key, value in changes.items():
         if key not in known:
-            raise InputError(f"unknown setting in --set: {key}.{nearest(key, known) or ' Run fastcm train --dry-run for the list.'}")
+            raise InputError(
+                f"unknown setting in {_option(key, written)}: {key}.{nearest(key, known) or ' Run fastcm train --dry-run for the list.'}"
+            )
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else top)[name] = value
     for name in nested.get("objective", {}):
         method = top.get("method", config.method)
         if name not in FIELDS_OF[method]:
-            raise InputError(f"unused setting in --set: objective.{name}. {method} reads {', '.join(FIELDS_OF[method])}.")
+            option = _option(f"objective.{name}", written)
+            raise InputError(f"unused setting in {option}: objective.{name}. {method} reads {', '.join(FIELDS_OF[method])}.")
     for section, fields in nested.items():
         current = getattr(config, section)
         top[section] = {**current, **fields} if section == "network" else dataclasses.replace(current, **_typed(sections[section], fields))
     return dataclasses.replace(config, **top)
+
+
+def _option(name: str, written: Container[str]) -> str:
+    return "--config" if name in written else "--set"
 
 
 def _typed(kind: type, fields: dict[str, Any]) -> dict[str, Any]:

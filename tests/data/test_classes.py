@@ -178,3 +178,29 @@ def test_the_classes_of_sampled_pictures(tmp_path, opened):
     root = write_flat(tmp_path / "drawn", ["seed-0-class-2.png", "seed--1-class-0.png", "seed-1-class-11.png"])
     dataset = opened(root)
     assert dataset.labels.tolist() == [0, 2, 11] and dataset.has_numbers and dataset.notes == ("classes by the names of fastcm sample",)
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_cls_files_of_unpacked_shards_are_not_passed_over(tmp_path, opened, folders):
+    """Folders of shards are no classes either; a labels.csv is, and packing as the line says reads them."""
+    files = {
+        f"{index // 3 if folders else '.'}/{index}{end}": content
+        for index in range(6)
+        for end, content in ((".png", PNGS[index]), (".cls", b"%d" % index))
+    }
+    for name, content in files.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"labels as \.cls files in --data: .*set \(6 of them\)\. Pack it \(tar -cf x\.tar"):
+        opened(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    with pytest.raises(InputError, match=r"labels as \.cls files in --data: .*set\.zip"):
+        opened(tmp_path / "set.zip")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "set", arcname=".")
+    assert sorted(opened(tmp_path / "x.tar").labels.tolist()) == list(range(6))
+    rows = [f"{name.removeprefix('./')},0" for name in files if name.endswith(".png")]
+    (tmp_path / "set" / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    assert opened(tmp_path / "set").labels.tolist() == [0] * 6

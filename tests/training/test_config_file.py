@@ -58,7 +58,7 @@ def test_a_runs_own_config_repeats_it(tmp_path):
         ("a.toml", "lr = = 3", "broken file in --config"),
         ("a.json", "[1]", "list at the top"),
         ("a.json", '{"network": {"chanels": 3}}', "Did you mean 'network.channels'"),
-        ("a.toml", "duratio = 3", "unknown setting in --set: duratio"),
+        ("a.toml", "duratio = 3", "unknown setting in --config: duratio"),
         ("a.toml", 'preset = "digit"', "Did you mean 'digits'"),
     ],
 )
