@@ -56,9 +56,10 @@ methods: $(VENV)/installed
 	mkdir -p "$(RESULTS)"
 	$(BIN)/python -m fastcm.benchmarks.quality.methods --json "$(RESULTS)/methods.json"
 
-# The pictures of docs/generation.md, by the shipped model.
+# The pictures of docs/generation.md, by the shipped model; then those of the pages that it draws on, which need Chromium.
 gallery: $(VENV)/installed
 	$(BIN)/python -m fastcm.benchmarks.quality.gallery
+	$(BIN)/python -m fastcm.benchmarks.quality.screenshots
 
 # Injects the 25 faults with full counts and writes docs/reliability.md; goes on where it stopped (at one commit).
 faults: $(VENV)/installed

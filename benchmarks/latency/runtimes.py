@@ -1,102 +1,121 @@
 """Which runtime takes which export: target by runtime, the largest difference from torch and, where it runs here, the time of an image.
 
-`python -m fastcm.benchmarks.latency.runtimes [--model digits] [--target LIST] [--threads 1] [--json OUT]`. Differences are in units of
-[-1, 1] over two seeds. Times are of one image, in turns with ONNX Runtime on the graph of target ort: the median of the quotients says how
-many times faster than that a runtime is, since all calls of a target meet the same moments of the machine.
+`python -m fastcm.benchmarks.latency.runtimes --graphs DIR --json OUT` exports each target into DIR, opens it in every runtime that is
+installed, and compares two seeds' pictures with torch's, in units of [-1, 1]; `--times` leaves all that and times what OUT says draws the
+same pictures. Times are of one image, in turns of one run with ONNX Runtime on the graph of target ort: the median of the quotients says
+how many times faster than that a runtime is, since all calls of a network and number of threads meet the same moments of the machine.
+ONNX Runtime Web is timed in its browser, by itself.
 """
 
 import argparse
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastcm.benchmarks.interleaved import Limits, percentiles, rounded, rounds, speedup
-from fastcm.benchmarks.latency import other_runtimes
-from fastcm.benchmarks.latency.other_runtimes import PACKAGES, Feeds, Run
+from fastcm.benchmarks.latency import other_runtimes, web_runtime
+from fastcm.benchmarks.latency.other_runtimes import PACKAGES, Feeds
 from fastcm.benchmarks.models import MODELS
-from fastcm.benchmarks.options import names
+from fastcm.benchmarks.options import names, sizes
 from fastcm.benchmarks.results_file import ResultsFile, Row
-from fastcm.errors import RunError
+from fastcm.errors import InputError, RunError
 
-IDENTITY = ("bench", "model", "target", "backend", "threads")
+IDENTITY = ("bench", "model", "target", "backend")
 TARGETS = ("ort", "tensorrt", "web", "mobile")
-SEEDS = 2
+WEB, ANCHOR = "ONNX Runtime Web", ("ort", "ONNX Runtime")
+UNTIMED = ("onnx reference", WEB)  # a definition, not a runtime; and one that keeps its own time
+SEEDS, SAME, WORTH = 2, "same pictures", 1.2
+SETTLE_S = 0.01  # ONNX Runtime's threads spin for a while
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line per target and runtime."""
+    """Prints a line per target and runtime, then one per timed pair."""
     parser = argparse.ArgumentParser(prog="python -m fastcm.benchmarks.latency.runtimes", description=__doc__)
-    parser.add_argument("--model", metavar="NAMES", help=f"separated by commas: {', '.join(MODELS)} (default: digits)")
+    parser.add_argument("--model", metavar="NAMES", help=f"separated by commas: {', '.join(MODELS)} (default: mnist,colour32)")
     parser.add_argument("--target", metavar="NAMES", help=f"separated by commas: {', '.join(TARGETS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=1, help="of each runtime (1)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one target's turns (10); 0: no times")
+    parser.add_argument("--threads", metavar="NUMBERS", help="of each runtime, separated by commas (default: 1,2)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one network's turns at one number of threads (20); 0: no times")
+    parser.add_argument("--times", action="store_true", help="times alone, of the rows in --json and the graphs in --graphs")
+    parser.add_argument("--graphs", type=Path, required=True, metavar="DIR", help="where the exports lie, or go")
     parser.add_argument("--json", type=Path, metavar="OUT", help="the file of results")
     args = parser.parse_args(argv)
     results = ResultsFile(args.json, identity=IDENTITY)
-    chosen = names(args.target, TARGETS, "--target", TARGETS)
-    for name in names(args.model, MODELS, "--model", ("digits",)):
-        with tempfile.TemporaryDirectory() as folder:
-            for row in measured(name, chosen, Path(folder), threads=args.threads, seconds=args.seconds):
+    targets = names(args.target, TARGETS, "--target", TARGETS)
+    for name in names(args.model, MODELS, "--model", ("mnist", "colour32")):
+        if not args.times:
+            for target in targets:
+                for row in outcomes(name, target, args.graphs, seconds=args.seconds / 4):
+                    results.add(row)
+                    say(row)
+        for threads in sizes(args.threads, "--threads", (1, 2)) if args.seconds else ():
+            rows = [row for row in results.rows if row["model"] == name and row["target"] in targets]
+            for row in timed(rows, args.graphs, threads=threads, seconds=args.seconds):
                 results.add(row)
-                print("  ".join(f"{field} {value}" for field, value in row.items() if field != "bench"), flush=True)
+                say(row)
     return 0
 
 
-def measured(name: str, targets: Sequence[str], folder: Path, *, threads: int, seconds: float):
-    """Yields the rows of a network: each target exported once, converted and run in every runtime."""
+def say(row: Row) -> None:
+    print("  ".join(f"{field} {value}" for field, value in row.items() if field != "bench"), flush=True)
+
+
+def graph(folder: Path, model: str, target: str) -> Path:
+    return folder / model / f"{target}.onnx"
+
+
+def outcomes(name: str, target: str, folder: Path, *, seconds: float) -> Iterator[Row]:
+    """The rows of a target: exported, converted and run once in every runtime. seconds: of ONNX Runtime Web's calls."""
     from fastcm.export.to_onnx import export_onnx
 
     model = MODELS[name]
-    denoiser, anchor = model.denoiser(), None
-    for target in targets:
-        done = export_onnx(denoiser, model.info, out=folder / target / f"{target}.onnx", target=target)
-        feeds, expected = inputs(done)
-        runs: dict[str, Run] = {}
-        rows: dict[str, Row] = {}
-        for runtime in PACKAGES:
-            rows[runtime] = {"bench": "runtimes", "model": name, "target": target, "backend": runtime, "threads": threads}
-            rows[runtime] |= {"version": other_runtimes.version(runtime)}
-            rows[runtime] |= outcome(runtime, done, feeds, expected, runs, threads=threads)
-        if target == "ort" or anchor is None:
-            anchor = runs["ONNX Runtime"], {key: array[:1] for key, array in feeds.items()}
-        timed = {runtime: run for runtime, run in runs.items() if runtime != "onnx reference"}  # a definition, not a runtime
-        for runtime, figures in times(anchor, timed, feeds, seconds=seconds).items() if seconds else ():
-            rows[runtime] |= figures
-        rows["ONNX Runtime Web"] = {**rows["ONNX Runtime"], "backend": "ONNX Runtime Web", "version": None}
-        rows["ONNX Runtime Web"] = {key: rows["ONNX Runtime Web"][key] for key in (*IDENTITY, "version")} | {"outcome": web(target)}
-        yield from rows.values()
+    done = export_onnx(model.denoiser(), model.info, out=graph(folder, name, target), target=target)
+    feeds, expected = inputs(done)
+    for runtime in (*PACKAGES, WEB):
+        row = {"bench": "runtimes", "model": name, "target": target, "backend": runtime}
+        installed = web_runtime.version() if runtime == WEB else other_runtimes.version(runtime)
+        if installed is None:
+            yield row | {"version": None, "outcome": "not installed"}
+        elif runtime == "TensorRT for RTX":
+            yield row | {"version": installed, "outcome": compiled(done)}
+        else:
+            yield row | {"version": installed, **outcome(runtime, done, feeds, expected, seconds=seconds)}
 
 
 def inputs(done) -> tuple[Feeds, np.ndarray]:
     """Feeds of SEEDS images, a row each, and torch's images of them."""
-    from fastcm.export.parity import check_inputs
-
-    tensors = {name: tensor[:SEEDS] for name, tensor in check_inputs(done.contract).items()}
+    tensors = check_feeds(done.contract)
     with torch.inference_mode():
         expected = torch.cat([done.reference(*(x[i : i + 1] for x in tensors.values())) for i in range(SEEDS)]).numpy()
     return {name: tensor.numpy() for name, tensor in tensors.items()}, expected
 
 
-def outcome(runtime: str, done, feeds: Feeds, expected: np.ndarray, runs: dict[str, Run], *, threads: int) -> Row:
-    """The largest difference, or what happened in its place; a runtime that draws here is put into `runs`."""
-    if other_runtimes.version(runtime) is None:
-        return {"outcome": "not installed"}
-    if runtime == "TensorRT for RTX":
-        return {"outcome": compiled(done)}
+def check_feeds(contract) -> dict[str, torch.Tensor]:
+    from fastcm.export.parity import check_inputs
+
+    return {name: tensor[:SEEDS] for name, tensor in check_inputs(contract).items()}
+
+
+def outcome(runtime: str, done, feeds: Feeds, expected: np.ndarray, *, seconds: float) -> Row:
+    """The largest difference, or what happened in its place."""
+    times: Row = {}
     try:
-        run = other_runtimes.opened(runtime, done.path, threads=threads)
-        images = np.concatenate([run({name: array[i : i + 1] for name, array in feeds.items()}) for i in range(SEEDS)])
+        if runtime == WEB:
+            drawn = web_runtime.draw(done.path, feeds, expected.shape[1:], seconds=seconds)
+            images = drawn.images
+            if len(drawn.milliseconds):
+                times = {"threads1_p50_ms": percentiles(drawn.milliseconds)["p50_ms"]}
+        else:
+            run = other_runtimes.opened(runtime, done.path)
+            images = np.concatenate([run({name: array[i : i + 1] for name, array in feeds.items()}) for i in range(SEEDS)])
     except RunError as error:
         return {"outcome": f"refused: {error}"}
     except Exception as error:  # a runtime's own
         return {"outcome": f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"}
-    runs[runtime] = run
     difference = float(np.abs(images.astype(np.float64) - expected).max())
-    return {"outcome": "same pictures" if difference <= done.contract.tolerance else "other pictures", "max_error": rounded(difference)}
+    return {"outcome": SAME if difference <= done.contract.tolerance else "other pictures", "max_error": rounded(difference), **times}
 
 
 def compiled(done) -> str:
@@ -112,20 +131,34 @@ def compiled(done) -> str:
     return f"builds, {made.layers} layers"
 
 
-def web(target: str) -> str:
-    """ONNX Runtime Web runs in a browser: the tests of the page draw with it, of target web."""
-    return "same pictures, in the page's tests" if target == "web" else "not tried"
+def timed(rows: Sequence[Row], folder: Path, *, threads: int, seconds: float) -> Iterator[Row]:
+    """The rows of a network in their order; those that draw here with the median of one image and how many times faster than ANCHOR they
+    are, from one run."""
+    drawing = [row for row in rows if row["outcome"] == SAME and row["backend"] not in UNTIMED]
+    if not any((row["target"], row["backend"]) == ANCHOR for row in drawing):
+        raise InputError("nothing to compare with in --json: no row of ONNX Runtime on target ort. Run without --times first.")
+    calls = {}
+    for row in drawing:
+        path = graph(folder, row["model"], row["target"])
+        if not path.is_file():
+            raise InputError(f"no graph in --graphs: {path}. Run without --times first.")
+        run, feeds = other_runtimes.opened(row["backend"], path, threads=threads), one_image(path)
+        calls[row["target"], row["backend"]] = lambda _, run=run, feeds=feeds: run(feeds)
+    taken = rounds(calls, Limits(seconds, fewest=5, most=400), settle_s=SETTLE_S, warm=1)
+    for row in rows:
+        own = taken.get((row["target"], row["backend"]))
+        if own is None:
+            yield row
+            continue
+        figures = {"p50_ms": percentiles(own)["p50_ms"], "over_onnxruntime": speedup(own, taken[ANCHOR]), "rounds": len(own)}
+        yield {**row, **{f"threads{threads}_{field}": value for field, value in figures.items()}}
 
 
-def times(anchor: tuple[Run, Feeds], runs: dict[str, Run], feeds: Feeds, *, seconds: float) -> dict[str, Row]:
-    """Runtime -> median milliseconds of one image and how many times faster than the anchor it is, from one run in turns."""
-    one = {name: array[:1] for name, array in feeds.items()}
-    calls = {"anchor": lambda _: anchor[0](anchor[1])}
-    calls |= {name: lambda _, run=run: run(one) for name, run in runs.items()}
-    taken = rounds(calls, Limits(seconds, fewest=5, most=400), warm=1)
-    return {
-        name: {"p50_ms": percentiles(taken[name])["p50_ms"], "times_onnxruntime": speedup(taken[name], taken["anchor"])} for name in runs
-    }
+def one_image(path: Path) -> Feeds:
+    """The first image's inputs of a graph that fastcm wrote."""
+    from fastcm.generation.onnx_generator import OnnxGenerator
+
+    return {name: tensor[:1].numpy() for name, tensor in check_feeds(OnnxGenerator(path, "cpu").contract).items()}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcm.benchmarks.latency import faster_runtimes
 from fastcm.benchmarks.pages.tables import latest
 from fastcm.benchmarks.quality.generators import machine_line, put_table
 from fastcm.benchmarks.results_file import Row
@@ -118,13 +119,16 @@ TABLES = {
         "runtimes-*.json",
         lambda row: True,
         {
+            "network": field("model"),
             "target": field("target"),
             "runtime": field("backend"),
             "version": field("version"),
             "what happens": field("outcome"),
             "largest difference": field("max_error", "{:.1e}"),
-            "ms": field("p50_ms", "{:.3g}"),
-            "of ONNX Runtime's": field("times_onnxruntime", "{:.2f}"),
+            "one thread, ms": field("threads1_p50_ms", "{:.3g}"),
+            "times ONNX Runtime": field("threads1_over_onnxruntime", "{:.2f}"),
+            "two threads, ms": field("threads2_p50_ms", "{:.3g}"),
+            "times ONNX Runtime ": field("threads2_over_onnxruntime", "{:.2f}"),
         },
     ),
     "serving": PageTable(
@@ -149,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m fastcm.benchmarks.pages.between_marks", description=__doc__).parse_args(argv)
     for name, table in TABLES.items():
         put_table(ROOT / table.page, markdown(table), mark=mark(name))
+    put_table(ROOT / "docs" / "latency.md", faster_runtimes.text(latest("runtimes-*.json")), mark=mark("other runtimes"))
     return 0
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import browser
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from exported_models import tiny_denoiser
 
 import fastcm
 from fastcm import kernels
+from fastcm.benchmarks import browser
 from fastcm.cli import main
 from fastcm.errors import InputError
 from fastcm.export import to_web
