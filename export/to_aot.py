@@ -37,6 +37,7 @@ def export_aot(
     out: Path,
     steps: int | None = None,
     sigmas: Iterable[float] | None = None,
+    guidance: float | None = None,
     batch: int | None = None,
     uint8: bool = False,
     seeded: bool = False,
@@ -51,10 +52,10 @@ def export_aot(
     if out.suffix != SUFFIX:
         raise InputError(f"unknown kind of file in --aot: {out}. Give a name that ends in {SUFFIX}.")
     form = {"precision": "fp32", "batch": batch, "uint8": uint8, "seeded": seeded, "task": task, "factor": factor}
-    whole, levels, contract = graph_of(denoiser, info, steps=steps, sigmas=sigmas, **form)
+    whole, levels, contract = graph_of(denoiser, info, steps=steps, sigmas=sigmas, guidance=guidance, **form)
     program = build(whole, levels, contract)
     with publish.staging(out, option="--aot") as folder:
-        properties = {**metadata(denoiser, info, sigmas=levels, contract=contract), **stated(contract)}
+        properties = {**metadata(whole, info, sigmas=levels, contract=contract), **stated(contract)}
         compile_package(program, contract, folder / out.name, properties)
         run = package_run(folder / out.name)
         comparisons = check_images(run, program, contract, name=out.name)

@@ -21,8 +21,10 @@ from fastcm.export.targets import Target, chosen_opset, chosen_target
 from fastcm.export.translations import translations
 from fastcm.generation.frozen import can_fold
 from fastcm.generation.generator import class_names
+from fastcm.generation.guided import student_weight
 from fastcm.generation.onnx_contract import DENOISE, GENERATE, SUPERRES, TASKS, TOLERANCE, Contract
 from fastcm.generation.request import is_diffusion, noise_levels
+from fastcm.networks.inference import with_guidance
 
 # A protobuf message ends at 2 GiB; beyond this the weights go to a file of their own.
 SINGLE_FILE_BYTES = 2**31 - 2**24
@@ -59,6 +61,7 @@ def export_onnx(
     out: Path,
     steps: int | None = None,
     sigmas: Iterable[float] | None = None,
+    guidance: float | None = None,
     precision: str = "fp32",
     target: str = "ort",
     opset: int | None = None,
@@ -71,6 +74,7 @@ def export_onnx(
 ) -> Exported:
     """Writes the whole generator, or an editing task, as `out`; onnx_contract.py says what the graph takes and gives.
 
+    guidance: the weight of a student that was trained for several; its default where None.
     precision: "fp32", or "fp16" for half weights and activations; skip and output scaling, inputs and outputs stay fp32.
     target: "ort", "tensorrt", "web" or "mobile", which sets the opset and the form of GroupNorm. batch: fixed, or symbolic where None
     ("mobile": 1).
@@ -90,10 +94,10 @@ def export_onnx(
         batch = 1 if batch is None else batch
     form = {"precision": precision, "batch": batch, "uint8": uint8, "task": task, "factor": factor, "seeded": seeded}
     form["floats"] = runtime.floats
-    whole, levels, contract = graph_of(denoiser, info, steps=steps, sigmas=sigmas, **form)
+    whole, levels, contract = graph_of(denoiser, info, steps=steps, sigmas=sigmas, guidance=guidance, **form)
     reference = build(whole, levels, contract._replace(precision="fp32"))
     program = reference if precision == "fp32" else build(whole, levels, contract)
-    properties = metadata(denoiser, info, sigmas=levels, contract=contract)
+    properties = metadata(whole, info, sigmas=levels, contract=contract)
     model = convert(program, contract, target=runtime, opset=opset, properties=properties)
     changes = variation(reference, contract)
     with publish.staging(out, option="--onnx") as folder:
@@ -127,14 +131,15 @@ def _check_floats(denoiser: Denoiser, *, precision: str, uint8: bool, task: str)
 
 
 def graph_of(
-    denoiser: Denoiser, info: dict, *, steps: int | None, sigmas: Iterable[float] | None, task: str, **form
+    denoiser: Denoiser, info: dict, *, steps: int | None, sigmas: Iterable[float] | None, task: str, guidance: float | None = None, **form
 ) -> tuple[Denoiser, tuple[float, ...], Contract]:
     """(plain denoiser, noise levels, contract) of what is asked for, checked. form: the other fields of the contract."""
+    weight = student_weight(denoiser.network, info, guidance)
     if task == DENOISE:
         for option, value in (("--steps", steps), ("--sigmas", sigmas), ("--seeded", form["seeded"]), ("--uint8", form["uint8"])):
             if value not in (None, False):
                 raise InputError(f"an option that a denoiser's graph has no place for: {option}. Leave it out: x and sigma are inputs.")
-        return _plain(denoiser), (), _contract(denoiser, info, steps=0, task=task, **form)
+        return _plain(denoiser, weight), (), _contract(denoiser, info, steps=0, task=task, **form)
     if is_diffusion(info, denoiser.preconditioning):
         remedy = "Distil it first: fastcm train --method cd --teacher MODEL; or export its denoiser for a solver of yours: --task denoise."
         raise InputError(f"a diffusion teacher in MODEL: one call gives its mean image. {remedy}")
@@ -142,7 +147,7 @@ def graph_of(
         steps = EDIT_STEPS
     levels = noise_levels(steps, sigmas, denoiser.preconditioning, info.get("sampling"))
     gain = max(1.0, denoiser.coefficients(torch.tensor(levels)).c_out.abs().max().item())
-    return _plain(denoiser), levels, _contract(denoiser, info, steps=len(levels), task=task, gain=gain, **form)
+    return _plain(denoiser, weight), levels, _contract(denoiser, info, steps=len(levels), task=task, gain=gain, **form)
 
 
 def convert(program: Program, contract: Contract, *, target: Target, opset: int, properties: dict[str, str]):
@@ -204,9 +209,10 @@ def _contract(denoiser: Denoiser, info: dict, **form) -> Contract:
     return Contract(channels=channels, resolution=resolution, classes=len(classes) if classes else None, **form)
 
 
-def _plain(denoiser: Denoiser) -> Denoiser:
-    """The denoiser on the CPU in fp32 and eval mode, without torch.compile's wrapper."""
+def _plain(denoiser: Denoiser, guidance: float | None) -> Denoiser:
+    """The denoiser on the CPU in fp32 and eval mode, without torch.compile's wrapper, told this guidance weight."""
     network = getattr(denoiser.network, "_orig_mod", denoiser.network)
+    network = network if guidance is None else with_guidance(network, guidance)
     return Denoiser(network, denoiser.preconditioning).to("cpu", torch.float32).eval()
 
 

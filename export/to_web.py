@@ -47,11 +47,12 @@ def export_web(
     title: str = "fastcm",
     steps: int | None = None,
     sigmas: Iterable[float] | None = None,
+    guidance: float | None = None,
     precision: str = "fp32",
 ) -> Web:
     """Writes `out`, to be served by any static server; it asks no other host for anything.
 
-    steps, sigmas: the noise levels of a new image; the graph that fills a mask has its own four. precision: of both, "fp32" or "fp16".
+    steps, sigmas: the noise levels of a new image; the graph that fills a mask has its own four. guidance, precision: of both.
     runtime: the npm package onnxruntime-web, by default node_modules/onnxruntime-web here or above. Raises InputError where the package or
     a place for the folder is missing; an `out` that an earlier export wrote is replaced, as a whole, once the new one is complete.
     """
@@ -66,10 +67,8 @@ def export_web(
         for name in RUNTIME:
             shutil.copyfile(package / "dist" / name, folder / "runtime" / name)
         levels = {GENERATE: {"steps": steps, "sigmas": sigmas}, INPAINT: {}}
-        graphs = {
-            task: export_onnx(denoiser, info, out=folder / GRAPHS[task], task=task, target="web", precision=precision, **levels[task])
-            for task in GRAPHS
-        }
+        how = {"target": "web", "precision": precision, "guidance": guidance}
+        graphs = {task: export_onnx(denoiser, info, out=folder / GRAPHS[task], task=task, **how, **levels[task]) for task in GRAPHS}
         manifest = web_manifest(graphs, info, title=title, runtime=version)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         replace_folder(folder, out, staging / "old")

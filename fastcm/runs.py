@@ -17,7 +17,8 @@ from fastcm.consistency.denoiser import Denoiser
 from fastcm.data.dataset import Dataset, open_dataset
 from fastcm.errors import InputError, check_given, nearest, shown
 from fastcm.evaluation import check_judged
-from fastcm.generation.generator import Generator
+from fastcm.generation.generator import Generator, class_names
+from fastcm.generation.guided import check_guidable
 from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TrainConfig, override
 from fastcm.training.config_file import flat, read_config_file
@@ -38,19 +39,22 @@ OPTION_FIELDS = {
     "checkpoint_every": "checkpoint_every_s",
     "evaluate_every": "evaluate_every_kimg",
     "sample_every": "sample_every_kimg",
+    "guidance": "objective.guidance",
+    "guidance_interval": "objective.guidance_interval",
 }
 READ_AS = {"duration_kimg": kimg, "checkpoint_every_s": seconds, "evaluate_every_kimg": kimg, "sample_every_kimg": kimg}
 # Settings that say how the data set is read.
 DATA_SETTINGS = ("channels", "labels_file", "image_column", "label_column")
 # Settings of a distillation that the run of its teacher does not share.
-OWN_TO_STUDENT = ("objective.", "optimizer.", "noise.", "duration_kimg", "batch", "microbatch", "init", "evaluate_every_kimg", "sampling")
+OWN_TO_STUDENT = ("objective.", "optimizer.", "noise.", "duration_kimg", "batch", "microbatch", "init", "guide", "evaluate_every_kimg")
+OWN_TO_STUDENT += ("sampling", "network.default_guidance")
 PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
 
 
 class Plan(NamedTuple):
     """A run that is ready to start: everything opened and checked, nothing created. dataset is None in a plan without data.
 
-    first: the run that makes its teacher, where the preset's own is to be distilled.
+    first: the run that makes its teacher, where the preset's own is to be distilled. guide: the model that guides the teacher.
     """
 
     config: TrainConfig
@@ -59,6 +63,7 @@ class Plan(NamedTuple):
     network: nn.Module | None
     teacher: tuple[Denoiser, dict] | None
     init: tuple[Denoiser, dict] | None
+    guide: tuple[Denoiser, dict] | None = None
     first: "Plan | None" = None
 
 
@@ -98,7 +103,8 @@ def plan(
     given = dict(changes)
     name = preset or ("folder" if data is not None else presets.DEFAULT)
     own = None if name == "folder" else presets.preset(name, method=method, teacher=teacher)
-    teacher_model, init_model = models = tuple(None if path is None else load_denoiser(path) for path in (teacher, changes.get("init")))
+    paths = (teacher, changes.get("init"), changes.get("guide"))
+    teacher_model, init_model, _ = models = tuple(path and load_denoiser(path) for path in paths)
     start_model = init_model or teacher_model  # whose weights the network takes, and so its form, unless it is the user's own
     resolution = changes.pop("resolution", None)
     if own is not None:
@@ -112,17 +118,7 @@ def plan(
     if source is None and (complete or name == "folder"):
         raise InputError(f"missing option for the preset {name}: --data. Name a folder of pictures or an .npz file.")
     unlabelled = changes.get("network.num_classes", 0 if own is None else own.network["num_classes"]) is None
-    dataset = (
-        None
-        if source is None
-        else open_dataset(
-            source,
-            resolution=resolution,
-            classes=0 if unlabelled else None,
-            bad_images=changes.get("bad_images", "fail"),
-            **{name: changes.get(name) for name in DATA_SETTINGS},
-        ).for_training()
-    )
+    dataset = None if source is None else open_data(source, changes, resolution=resolution, unlabelled=unlabelled)
     label = "" if source is None else str(source) if isinstance(source, (str, Path)) else dataset.name
     config = own if own is not None else presets.preset(name, method=method, teacher=teacher, dataset=dataset, data=label)
     if start_model is not None and network is None:
@@ -133,6 +129,7 @@ def plan(
     if kind != config.network["kind"]:
         config = replace(config, network=of_kind(config.network, kind))
     config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network), written=in_file)
+    config = told_its_weight(config)
     if dataset is not None:
         check_data(config, dataset, custom=network is not None)
         if config.evaluate_every_kimg is not None:
@@ -141,8 +138,7 @@ def plan(
         check_network(network)
         config = replace(config, network=network_config(network))
     usual = presets.preset(name, method=None, **({"dataset": dataset, "data": label} if own is None else {})).method
-    default_out = Path("runs") / (name if config.method == usual else f"{name}-{config.method}")
-    out, first = Path(out) if out is not None else default_out, None
+    first, out = None, Path(out or Path("runs") / (name if config.method == usual else f"{name}-{config.method}"))
     check_path(out, "--out")
     if config.method in TAUGHT_METHODS and teacher is None:
         if name in presets.TEACH_THEMSELVES and network is None:
@@ -153,7 +149,37 @@ def plan(
             raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
     if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
         raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
+    check_labels(config, teacher_model, classes=config.network.get("num_classes") if dataset is None else dataset.class_names)
     return Plan(config, dataset, out, network, *models, first)
+
+
+def open_data(source: Source, changes: dict[str, Any], *, resolution: int | None, unlabelled: bool) -> Dataset:
+    """The pictures that the run trains on, read as its settings say."""
+    how = {"bad_images": changes.get("bad_images", "fail"), **{name: changes.get(name) for name in DATA_SETTINGS}}
+    return open_dataset(source, resolution=resolution, classes=0 if unlabelled else None, **how).for_training()
+
+
+def told_its_weight(config: TrainConfig) -> TrainConfig:
+    """The settings with a network that is told its guidance weight where that is drawn from a range, of which the middle is its default."""
+    if not config.objective.draws_guidance or config.network.get("default_guidance") is not None:
+        return config
+    return replace(config, network={**config.network, "default_guidance": sum(config.objective.guidance) / 2})
+
+
+def check_labels(config: TrainConfig, teacher: tuple[Denoiser, dict] | None, *, classes: object) -> None:
+    """Refuses labels to drop where there are none, and guidance without an unconditional half, or with weights that nobody is told."""
+    if config.label_drop and not classes:
+        raise InputError(f"no labels to drop in --label-drop: {config.label_drop}. The run has no classes; leave it out.")
+    if config.objective.draws_guidance and config.network.get("default_guidance") is None:
+        raise InputError(
+            f"a range for a network that is not told its weight in --guidance: {config.objective.guidance}. Give one weight, as 2."
+        )
+    if config.objective.guidance == 1 or config.guide is not None:
+        return
+    if teacher is not None:
+        check_guidable(class_names(*teacher), teacher[1], "--guidance")
+    elif config.teacher is not None:  # which the preset trains first, with the same labels dropped
+        check_guidable(classes, {"training": {"method": "edm", "label_drop": config.label_drop}}, "--guidance")
 
 
 def _text(name: str, value: Any) -> Any:
@@ -215,6 +241,7 @@ def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None
         dataset=ready.dataset,
         network=ready.network,
         teacher=ready.teacher,
+        guide=ready.guide,
         init=ready.init,
         callbacks=callbacks,
         processes=processes,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastcm.cli import evaluate_search
 from fastcm.cli.evaluate_sets import FIRST_SEED, Measured, draw_samples, is_samples, open_model, read_samples, step_list
-from fastcm.cli.sample import seed_list, sigma_list
+from fastcm.cli.sample import add_guidance, seed_list, sigma_list
 from fastcm.cli.train import add_data
 from fastcm.errors import InputError
 
@@ -25,6 +25,7 @@ def add(subparsers) -> None:
     how.add_argument("--steps", metavar="K,K", type=step_list, help="numbers of steps to measure (1,2; a diffusion teacher: 18)")
     how.add_argument("--sigmas", metavar="S,S", type=sigma_list, help="the noise levels of one multistep sampler, downwards, as 80,0.8")
     parser.add_argument("--sampler", help="consistency, heun, euler, dpm, ancestral or ddim; by default what the model was trained for")
+    add_guidance(parser)
     names = "accuracy,fd,fid,kid,is,precision,recall,neighbours,lpips,consistency"
     parser.add_argument("--metrics", type=lambda text: text.split(","), help=f"some of {names} (all that can be had)")
     networks = "judge (a classifier of the data), inception, a file.onnx or package.module:name (by the size of the data)"
@@ -107,6 +108,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("no metric for --lpips-weights: lpips is not in --metrics. Add it, or leave the weights out.")
     if args.search_steps is not None and args.sigmas is not None:
         raise InputError("levels given beside a search: --sigmas with --search-steps. Leave one of them out.")
+    if args.search_steps is not None and args.guidance is not None:
+        raise InputError("guidance beside a search: --guidance with --search-steps. Leave one of them out.")
 
 
 def chosen_metrics(args: argparse.Namespace, opened: Measured) -> list[str]:

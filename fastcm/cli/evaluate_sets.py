@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastcm.cli.sample import guidance_options
 from fastcm.errors import InputError, nearest
 
 # Seeds that no default of training or sampling uses, and by which no setting was chosen.
@@ -38,7 +39,7 @@ def is_samples(model: str) -> bool:
     return path.suffix.lower() == ".npz" or (path.is_dir() and not any((path / name).is_file() for name in configs))
 
 
-MODEL_OPTIONS = ("seeds", "steps", "sigmas", "sampler", "search_steps", "save", "teacher")
+MODEL_OPTIONS = ("seeds", "steps", "sigmas", "sampler", "guidance", "guidance_interval", "guide", "search_steps", "save", "teacher")
 
 
 def read_samples(args: argparse.Namespace) -> Measured:
@@ -108,8 +109,13 @@ def draw_samples(args: argparse.Namespace, opened: Measured) -> Measured:
     generator, seeds, labels = opened.generator, opened.seeds, opened.labels
     sampler = sampler_of(args, generator)
     asked = requests(args, generator, sampler)
+    guidance = guidance_options(args)
+    asked = [(name, nfe, {**options, **guidance}) for name, nfe, options in asked]
     sets = [Samples(name, stream(generator, seeds, labels, name, options), labels, nfe) for name, nfe, options in asked]
     facts = describe(generator, opened.dataset, seeds, sampler, [options for _, _, options in asked])
+    if args.guidance is not None:
+        facts |= {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guide")}
+        facts["samples"] += f"; guidance {args.guidance:g}"
     return opened._replace(sets=sets, facts={**opened.facts, **facts})
 
 

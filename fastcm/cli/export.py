@@ -16,6 +16,8 @@ def add(subparsers) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--steps", type=int, metavar="K", help="network calls in the graph (default: 1; with --task: 4)")
     group.add_argument("--sigmas", type=sigma_list, metavar="LIST", help="the graph's noise levels, from high to low, as 80,0.8")
+    weight = "the guidance weight of a student that was trained for several (default: the middle of them)"
+    parser.add_argument("--guidance", type=float, metavar="W", help=weight)
     parser.add_argument("--precision", default="fp32", help="fp32 (default), or fp16: half inside, inputs and outputs fp32")
     runtimes = "the runtime: ort (ONNX Runtime, the default), tensorrt (the default with --tensorrt), web (WebGPU) or mobile (MNN, ncnn)"
     parser.add_argument("--target", default=None, help=runtimes)
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         out=out,
         steps=args.steps,
         sigmas=args.sigmas,
+        guidance=args.guidance,
         precision=args.precision,
         target=target,
         opset=args.opset,

@@ -63,6 +63,7 @@ def web(args: argparse.Namespace, denoiser, info: dict) -> int:
         title=Path(args.model).resolve().stem,
         steps=args.steps,
         sigmas=args.sigmas,
+        guidance=args.guidance,
         precision=args.precision,
     )
     for graph in made.graphs.values():
@@ -74,7 +75,7 @@ def web(args: argparse.Namespace, denoiser, info: dict) -> int:
 def serving(args: argparse.Namespace, denoiser, info: dict) -> int:
     from fastcm.export.triton_repository import export_serving
 
-    names = ("steps", "sigmas", "precision", "opset", "uint8", "task", "factor", "seeded", "optimize")
+    names = ("steps", "sigmas", "guidance", "precision", "opset", "uint8", "task", "factor", "seeded", "optimize")
     options = {name: getattr(args, name) for name in names}
     name = Path(args.model).resolve()
     made = export_serving(denoiser, info, repository=Path(args.serving), name=name.name if name.is_dir() else name.stem, options=options)
@@ -86,7 +87,7 @@ def serving(args: argparse.Namespace, denoiser, info: dict) -> int:
 def aot(args: argparse.Namespace, denoiser, info: dict) -> int:
     from fastcm.export.to_aot import export_aot
 
-    names = ("steps", "sigmas", "batch", "uint8", "seeded", "task", "factor")
+    names = ("steps", "sigmas", "guidance", "batch", "uint8", "seeded", "task", "factor")
     made = export_aot(denoiser, info, out=Path(args.aot), **{name: getattr(args, name) for name in names})
     compared(made, "AOTInductor")
     print(f"{made.path} ({made.path.stat().st_size / 1e6:.1f} MB; runs beside this version of torch alone)")

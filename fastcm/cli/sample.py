@@ -31,12 +31,35 @@ def add(subparsers) -> None:
     parser.add_argument("--sampler", help="consistency; for diffusion teachers heun (their default), euler, dpm, ancestral, ddim")
     churn = "heun and dpm: S_churn, or S_churn,S_tmin,S_tmax,S_noise (default: 0)"
     parser.add_argument("--churn", type=number_list("--churn"), metavar="LIST", help=churn)
+    add_guidance(parser)
     parser.add_argument("--provider", default="auto", help="for .onnx: auto (default), cpu, cuda, tensorrt or tensorrt-rtx")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--precision", default="auto", help="auto (default: bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     parser.add_argument("--report", action="store_true", help="a labelled PNG: seeds by classes, or a caption under each picture")
     parser.add_argument("--out", metavar="FILE", help="x.png: a grid; x.npz: arr_0, arr_1; DIR/: a PNG per seed (NAME-samples.png)")
     parser.add_argument("--trust", action="store_true", help="load files that hold programs")
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Guidance of what is drawn."""
+    weight = "guidance weight of a diffusion teacher, 1 for none; of a student that was trained for several, the one to draw with"
+    parser.add_argument("--guidance", type=float, metavar="W", help=weight)
+    levels = "guide a teacher between these noise levels alone, as 0.2,5"
+    parser.add_argument("--guidance-interval", type=number_list("--guidance-interval"), metavar="LOW,HIGH", help=levels)
+    parser.add_argument("--guide", metavar="MODEL", help="guide away from this model, in the place of the teacher without its labels")
+
+
+def guidance_options(args: argparse.Namespace) -> dict:
+    """The generator's own options of guidance, those that were given, with the guide loaded."""
+    from fastcm import api
+
+    given = {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guide") if getattr(args, name) is not None}
+    if given and api.resolve_model(args.model)[0] in api.EXPORTED:
+        option = next(iter(given)).replace("_", "-")
+        raise InputError(f"guidance of an exported graph in --{option}: {args.model}. Its weight was chosen with fastcm export --guidance.")
+    if args.guide is not None:
+        given["guide"] = api.load(args.guide, device=args.device, precision=args.precision)
+    return given
 
 
 def seed_list(text: str) -> list[int]:
@@ -157,7 +180,8 @@ def how(args: argparse.Namespace, generator) -> dict:
     sigmas = args.sigmas
     if args.timesteps is not None:
         sigmas = timestep_sigmas(args.timesteps, GRID if args.grid is None else args.grid, generator.preconditioning)
-    return {"steps": args.steps, "sigmas": sigmas, "sampler": args.sampler, **({} if args.churn is None else {"churn": args.churn})}
+    options = {"steps": args.steps, "sigmas": sigmas, "sampler": args.sampler, **guidance_options(args)}
+    return options if args.churn is None else {**options, "churn": args.churn}
 
 
 def describe(args: argparse.Namespace, generator, options: dict) -> dict[str, str]:
@@ -172,6 +196,8 @@ def describe(args: argparse.Namespace, generator, options: dict) -> dict[str, st
         text = f"{sampler}, {args.steps or TEACHER_STEPS} steps"
         if args.churn is not None:
             text += ", churn " + ",".join(f"{number:g}" for number in args.churn)
+    if args.guidance is not None:
+        text += f", guidance {args.guidance:g}"
     return {"fastcm:model": Path(args.model).name, "fastcm:sampler": text, "fastcm:precision": generator.precision}
 
 

@@ -25,6 +25,11 @@ def add(subparsers) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON by the names of --set; options override them")
     add_data(parser)
     parser.add_argument("--teacher", metavar="MODEL", help="the diffusion model that cd or scd distils; the network is taken from it")
+    weight = "cd, scd: guide the teacher with this weight, 1 for none; LOW,HIGH: each image its own, of which the student is told"
+    parser.add_argument("--guidance", metavar="W", type=parsed, help=weight)
+    parser.add_argument("--guidance-interval", metavar="LOW,HIGH", type=parsed, help="guide between these noise levels alone, as 0.2,5")
+    parser.add_argument("--guide", metavar="MODEL", help="guide away from this model, in the place of the teacher without its labels")
+    parser.add_argument("--label-drop", metavar="P", type=float, help="share of images whose class is not told, as 0.1: allows guidance")
     parser.add_argument(
         "--init", metavar="MODEL", help="start from this model's weights and network (classes may be others); the first stage of tcm"
     )
@@ -55,6 +60,12 @@ def add(subparsers) -> None:
     parser.add_argument("--log", metavar="NAMES", help="some of tensorboard,wandb,trackio, or none; TensorBoard where it is installed")
     parser.add_argument("--lpips-weights", metavar="FILE", help="VGG16's state dict, for objective.distance=lpips")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and schedule, and stop")
+
+
+def parsed(text: str):
+    from fastcm.training.config import parse_value
+
+    return parse_value(text)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +133,10 @@ def changes(args: argparse.Namespace) -> dict:
     from fastcm.training.config import parse_value
 
     fields = {
+        "objective.guidance": args.guidance,
+        "objective.guidance_interval": args.guidance_interval,
+        "guide": args.guide,
+        "label_drop": args.label_drop,
         "init": args.init,
         "duration_kimg": args.duration,
         "batch": args.batch,

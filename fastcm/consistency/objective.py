@@ -30,6 +30,12 @@ class Batch(NamedTuple):
     seed: Tensor  # [1] int64
     position: Tensor  # [B] int64
     flip: Tensor | None = None  # [B] bool, mirrored where true: the trainer draws it by position
+    guidance: Tensor | None = None  # [B] fp32, the teacher's guidance weight, of which the student is told
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """What the student's network takes beside labels, by name."""
+        return {} if self.guidance is None else {"guidance": self.guidance}
 
 
 def loss_weight(name: str, sigma_hi: Tensor, sigma_lo: Tensor, *, sigma_data: float) -> Tensor:
@@ -111,14 +117,14 @@ def consistency_loss(
             x_lo = teacher_step(noisy.x_hi, sigma_hi, sigma_lo, batch.labels)
             scaled_lo = (expand(lo.c_in, x_lo) * x_lo).to(dtype)
         set_dropout_stream(target.network, batch)
-        F_lo = target.network(scaled_lo, lo.c_noise, batch.labels)
+        F_lo = target.network(scaled_lo, lo.c_noise, batch.labels, **batch.conditions)
         if first_stage is not None:
             set_dropout_stream(first_stage.network, batch)
             below, D_lo = sigma_lo < student.preconditioning.transition, first_stage(x_lo, sigma_lo, batch.labels)
             F_lo = torch.where(expand(below, x_lo), D_lo, F_lo.float())  # whose denoised image stands as it is
             lo = lo._replace(c_skip=lo.c_skip * ~below, c_out=torch.where(below, 1.0, lo.c_out))
     set_dropout_stream(student.network, batch)
-    F_hi = student.network(noisy.scaled_hi, hi.c_noise, batch.labels)
+    F_hi = student.network(noisy.scaled_hi, hi.c_noise, batch.labels, **batch.conditions)
     if not isinstance(distance, str):
         D_hi = kernels.precondition(noisy.x_hi, F_hi, hi.c_skip, hi.c_out)
         return weight * distance(D_hi, kernels.precondition(x_lo, F_lo, lo.c_skip, lo.c_out))
@@ -160,7 +166,8 @@ def continuous_loss(
         sin_dx = cos * x_t - D_x
         # cos(t) sin(t) d/dt = d/d ln(sigma): the network's tangent is taken in ln(sigma), where nothing divides by a small sine.
         x_rate = (expand(c.c_in, x) * (expand(preconditioning.input_share(sigma), x) * x - D_x)).to(noisy.scaled_hi.dtype)
-        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, x_rate, preconditioning.c_noise_rate(sigma))
+        rates = x_rate, preconditioning.c_noise_rate(sigma)
+        F_minus, dF = tangent(noisy.scaled_hi, c.c_noise, batch.labels, *rates, **batch.conditions)
         F_minus, dF = F_minus.float(), dF.float()
         in_edm_form = partial(preconditioning.in_form, "edm")
         A, B = in_edm_form(sigma)
@@ -171,7 +178,7 @@ def continuous_loss(
         g = cos.square() * (sigma_data * F_minus + sin_dx / sin) - warmup * (cos * sin * x_t - sigma_data * dF)
         g = g / (torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True) + tangent_c)
         goal = F_minus - g
-    F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
+    F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels, **batch.conditions)
     squared = kernels.distance(x, F_x, A, B, goal, None, None, None, torch.ones_like(sigma) * factor, kind="l2")  # of F in the EDM form
     if log_weight is None:
         return squared

@@ -1,11 +1,11 @@
 """Self-consistency: how far a consistency function moves along one trajectory, where it should not move (Song et al. 2023, eq. 2)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm.consistency.denoiser import Denoiser, expand
 from fastcm.consistency.noise_schedule import karras_grid
-from fastcm.consistency.solver import heun_step
+from fastcm.consistency.solver import Denoise, heun_step
 from fastcm.errors import InputError
 from fastcm.generation.sampler import SeedNoise
 
@@ -14,7 +14,7 @@ PATHS = {True: "the teacher's ODE, Heun", False: "data paths x0 + sigma z"}
 
 
 def self_consistency(
-    denoiser: Denoiser, images: Tensor, *, labels: Tensor | None, seed: int, levels: int = 8, teacher: Denoiser | None = None
+    denoiser: Denoiser, images: Tensor, *, labels: Tensor | None, seed: int, levels: int = 8, teacher: Denoise | None = None
 ) -> float:
     """The mean of `distances_along_paths` over images and pairs of levels, in units of images in [-1, 1]; 0 is perfect along an ODE."""
     return float(distances_along_paths(denoiser, images, labels=labels, seed=seed, levels=levels, teacher=teacher).mean())
@@ -22,7 +22,7 @@ def self_consistency(
 
 @torch.no_grad()
 def distances_along_paths(
-    denoiser: Denoiser, images: Tensor, *, labels: Tensor | None, seed: int, levels: int = 8, teacher: Denoiser | None = None
+    denoiser: Denoiser, images: Tensor, *, labels: Tensor | None, seed: int, levels: int = 8, teacher: Denoise | None = None
 ) -> Tensor:
     """RMS pixel distance of f(x_sigma, sigma) between neighbouring levels of a path, [B, levels - 1] fp32, from the highest level down.
 
@@ -42,7 +42,7 @@ def distances_along_paths(
     fine = karras_grid((levels - 1) * SOLVER_STEPS + 1, sigma_min=low, sigma_max=high, rho=denoiser.preconditioning.rho)
     fine = fine.float().to(x0.device)
     x = x0 + fine[0] * z
-    modes = [(module, module.training) for module in (denoiser, teacher) if module is not None]
+    modes = [(module, module.training) for module in (denoiser, teacher) if isinstance(module, nn.Module)]
     for module, _ in modes:
         module.eval()
     try:

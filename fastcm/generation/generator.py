@@ -20,6 +20,7 @@ from fastcm.generation.cuda_graph import CapturedBatch, cause_of
 from fastcm.generation.devices import choose_device
 from fastcm.generation.editing_tasks import EditingTasks
 from fastcm.generation.frozen import FrozenLevel, freeze
+from fastcm.generation.guided import chosen_guidance
 from fastcm.generation.request import (
     chain_steps,
     check_output,
@@ -32,7 +33,7 @@ from fastcm.generation.request import (
     timestep_sigmas,
 )
 from fastcm.generation.sampler import CHURNED, TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
-from fastcm.networks.inference import for_inference
+from fastcm.networks.inference import for_inference, with_guidance
 from fastcm.weights import hub
 from fastcm.weights.model_folder import save_model
 
@@ -113,15 +114,20 @@ class Generator(EditingTasks):
     def sigma_range(self) -> tuple[float, float]:
         return self.preconditioning.sigma_range
 
-    def level(self, sigma: float) -> FrozenLevel | CompiledLevel:
-        """The denoiser at one noise level, folded and in the working precision; kept for the next call."""
+    def level(self, sigma: float, guidance: float | None = None) -> FrozenLevel | CompiledLevel:
+        """The denoiser at one noise level and guidance weight, folded and in the working precision; kept for the next call."""
+        key = sigma if guidance is None else (sigma, guidance)
         with self._lock:
-            level = self._frozen.pop(sigma, None)
+            level = self._frozen.pop(key, None)
             if level is None:
                 with exact_fp32(self._is_exact):
-                    level = freeze(self.denoiser, sigma, classes=len(self.classes or ()), worker=self._worker)
+                    denoiser, worker = self.denoiser, self._worker
+                    if guidance is not None:
+                        denoiser = Denoiser(with_guidance(denoiser.network, guidance), self.preconditioning)
+                        worker = with_guidance(worker, guidance)
+                    level = freeze(denoiser, sigma, classes=len(self.classes or ()), worker=worker)
                 level = CompiledLevel(level) if self._compiles else level
-            self._frozen[sigma] = level  # as the one used last
+            self._frozen[key] = level  # as the one used last
             while len(self._frozen) > LEVELS_KEPT or (len(self._frozen) > 1 and self._level_bytes() > LEVEL_BYTES_KEPT):
                 self._forget(next(iter(self._frozen)))
             return level
@@ -129,10 +135,10 @@ class Generator(EditingTasks):
     def _level_bytes(self) -> int:
         return sum(level.table_bytes for level in self._frozen.values())
 
-    def _forget(self, sigma: float) -> None:
+    def _forget(self, level: float | tuple[float, float]) -> None:
         """Drops a level, and the graphs that would keep its memory."""
-        del self._frozen[sigma]
-        for key in [key for key in self._graphs if key[0] == "consistency" and sigma in key[1]]:
+        del self._frozen[level]
+        for key in [key for key in self._graphs if key[0] == "consistency" and level in key[1]]:
             del self._graphs[key]
 
     @property
@@ -162,7 +168,18 @@ class Generator(EditingTasks):
         return noise_levels(steps, sigmas, self.preconditioning, self.info.get("sampling"))
 
     def __call__(
-        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None, churn=None
+        self,
+        seeds,
+        labels=None,
+        *,
+        steps: int | None = None,
+        sigmas=None,
+        output: str = "uint8",
+        sampler: str | None = None,
+        churn=None,
+        guidance: float | None = None,
+        guidance_interval=None,
+        guide: "Generator | None" = None,
     ):
         """Returns one image per seed: uint8 [N, H, W, C], with output="float" float32 in [-1, 1] of that shape, with "pil" a list.
 
@@ -170,21 +187,24 @@ class Generator(EditingTasks):
         steps: network calls, 1 by default, or sigmas: the noise levels from high to low (see `timesteps`). sampler: "consistency", or for
         diffusion teachers "heun" (their default), "euler", "dpm", "ancestral" on a Karras grid of `steps` (18) levels, or "ddim" on the
         steps of a discrete chain. churn: for heun and dpm S_churn, or (S_churn, S_tmin, S_tmax, S_noise).
+        guidance: w of D_u + w (D_c - D_u), for a teacher between the two levels of guidance_interval, D_u being its own without the label,
+        or a second model's, `guide`; for a student that was trained for a range of weights, the one that it is told.
         Raises InputError for arguments that do not fit the model, RunError where an image has non-finite pixels.
         """
         asked = {"steps": steps, "sigmas": sigmas, "sampler": sampler, "churn": churn}
+        asked |= {"guidance": guidance, "guidance_interval": guidance_interval, "guide": guide}
         batches = [images for _, _, images in self.batches(seeds, labels, output=check_output(output), **asked)]
         dtype = np.float32 if output == "float" else np.uint8
         images = np.concatenate(batches) if batches else np.empty((0, self.resolution, self.resolution, self.channels), dtype)
         return finished(images, output)
 
     def batches(
-        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", sampler: str | None = None, churn=None
+        self, seeds, labels=None, *, steps: int | None = None, sigmas=None, output: str = "uint8", **how
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
         """Yields (seeds, labels, images) of one batch after the other, for long jobs; arguments as in a call, checked at once."""
         seeds = seed_array(seeds)
         labels = label_array(labels, seeds, self.classes)
-        run = self._run(steps, sigmas, sampler, churn)
+        run = self._run(steps, sigmas, **how)
         return self._batches(run, seeds, labels, output)
 
     def timesteps(self, *indices: int, grid: int) -> tuple[float, ...]:
@@ -205,14 +225,17 @@ class Generator(EditingTasks):
             yield seeds[rows], None if labels is None else labels[rows], images
             start += len(images)
 
-    def _run(self, steps: int | None, sigmas, sampler: str | None, churn):
+    def _run(self, steps: int | None, sigmas, sampler: str | None = None, churn=None, guidance=None, guidance_interval=None, guide=None):
         """What draws a batch: (key, draw), draw(noise, labels) -> D fp32 [B, C, H, W] in [-1, 1]; None as key: no CUDA graph."""
         p = self.preconditioning
         sampler = chosen_sampler(sampler, self.info, p)
         churn = chosen_churn(churn, sampler)
+        guidance = chosen_guidance(self, guidance, guidance_interval, guide, sampler=sampler)
         if sampler == "consistency":
             visited = self.sigmas(steps, sigmas)
-            levels = [self.level(sigma) for sigma in visited]
+            levels = [self.level(sigma, guidance.weight) for sigma in visited]
+            if guidance.weight is not None:
+                visited = tuple((sigma, guidance.weight) for sigma in visited)
             return ("consistency", visited), lambda noise, labels: multistep(levels, noise, sigma_min=p.sigma_min, labels=labels)
         solve = teacher_sampler(sampler)
         if sigmas is not None:
@@ -224,8 +247,8 @@ class Generator(EditingTasks):
         else:
             grid = teacher_grid(steps, sigma_min=p.sigma_min, sigma_max=p.sigma_max, rho=p.rho)
             options = {"churn": churn} if sampler in CHURNED else {}
-        denoiser = Denoiser(self._worker, p)
-        return (sampler, steps, churn), lambda noise, labels: solve(denoiser, noise, grid, labels=labels, **options)
+        denoise = guidance.denoiser(self)
+        return (sampler, steps, churn, guidance), lambda noise, labels: solve(denoise, noise, grid, labels=labels, **options)
 
     @torch.inference_mode()
     def _batch(self, run, seeds: np.ndarray, labels: np.ndarray | None, output: str) -> np.ndarray:

@@ -77,6 +77,20 @@ def one_hot(labels: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Ten
     return (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
 
 
+class GuidanceEmbedding(nn.Linear):
+    """What a guidance weight, fp32 [B] or None for `default`, adds to the noise features [B, channels] of c_noise [B]: zero at first, so
+    that a teacher's weights are a start (LCM, Luo et al. 2023, 2310.04378; the scale of 1000 is that of its published models)."""
+
+    def __init__(self, channels: int, default: float):
+        super().__init__(channels, channels, bias=False)
+        self.default = default
+        nn.init.zeros_(self.weight)
+
+    def forward(self, c_noise, guidance=None):
+        guidance = torch.full_like(c_noise, self.default) if guidance is None else guidance
+        return super().forward(sinusoidal_embedding(1000 * guidance, self.in_features).to(self.weight.dtype))
+
+
 class ScaleShift(nn.Linear):
     """The embedding as scale and shift of a norm. h [B, C, H, W], emb [B, in_features] -> norm(h), scaled and shifted, of h's shape."""
 

@@ -73,6 +73,11 @@ def require_classes(config) -> None:
     require((config.num_classes or 0) <= MAX_CLASSES, "num_classes", config.num_classes, f"At most {MAX_CLASSES:,} are supported.")
 
 
+def require_guidance(config) -> None:
+    weight = config.default_guidance
+    require(weight is None or (is_number(weight) and weight >= 0), "default_guidance", weight, "Give a number from 0 on, or leave it out.")
+
+
 def require_dropout(config) -> None:
     require(
         is_number(config.dropout) and 0 <= config.dropout < 1, "dropout", config.dropout, "Give a number from 0 up to but not including 1."

@@ -1,6 +1,7 @@
 """A network for drawing alone: the same function of the same weights in fewer operations. It cannot be trained."""
 
 import copy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,14 @@ def share(network: nn.Module) -> nn.Module:
     """A copy of the module tree that holds the same parameters and buffers."""
     tensors = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
+def with_guidance(network: nn.Module, weight: float) -> nn.Module:
+    """A copy that shares the weights of a network with `default_guidance`, and has `weight` in its place."""
+    network = share(network)
+    network.config = replace(network.config, default_guidance=weight)
+    network.guidance_embed.default = weight
+    return network
 
 
 def constant(tensor: Tensor) -> nn.Parameter:

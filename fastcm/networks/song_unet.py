@@ -9,7 +9,7 @@ from torch import nn
 
 from fastcm.errors import InputError
 from fastcm.networks import dropout, patches
-from fastcm.networks.blocks import Addend, GroupNorm, SecondTime, noise_angles, one_hot, runner, self_attention
+from fastcm.networks.blocks import Addend, GroupNorm, GuidanceEmbedding, SecondTime, noise_angles, one_hot, runner, self_attention
 from fastcm.networks.checks import (
     is_number,
     require,
@@ -18,6 +18,7 @@ from fastcm.networks.checks import (
     require_counts,
     require_dropout,
     require_flags,
+    require_guidance,
     require_levels,
     require_second_time,
     require_tuples,
@@ -51,6 +52,7 @@ class SongUNetConfig:
     second_time: str | None = (
         None  # "gap" or "end": how the end of an average velocity is embedded (blocks.SecondTime); None: there is none
     )
+    default_guidance: float | None = None  # a student that is told its teacher's guidance weight: this one unless another is given
     augment_channels: int | None = None  # width of augmentation labels; None: not accepted
     embedding: str = "positional"  # or "fourier"
     fourier_scale: float = 16.0  # standard deviation of the random frequencies
@@ -66,6 +68,7 @@ class SongUNetConfig:
         require_counts(self, ("augment_channels",), optional=True)
         require_classes(self)
         require_second_time(self)
+        require_guidance(self)
         require_dropout(self)
         require_choice(self, "embedding", ("positional", "fourier"))
         require_choice(self, "encoder", ("standard", "skip", "residual"))
@@ -158,7 +161,7 @@ class SongUNet(nn.Module):
     """F(x, c_noise, labels, augment_labels) for x float [B, in_channels, R, R], c_noise fp32 [B], labels int64 [B] or None.
 
     augment_labels: float [B, augment_channels] or None (nothing augmented). end: with `second_time`, the end r fp32 [B] of an average
-    velocity, 0 where left out.
+    velocity, 0 where left out. guidance: fp32 [B], with default_guidance.
     Returns [B, out_channels, R, R]. Works and returns in the dtype of its parameters.
     State-dict keys are those of EDM's networks; the 3C channels of qkv are (3, C) here, where EDM's are (C, 3).
     A label of -1, or labels=None, is no class.
@@ -175,6 +178,8 @@ class SongUNet(nn.Module):
             self.map_label = linear(config.num_classes, noise_channels)
         if config.augment_channels is not None:
             self.map_augment = linear(config.augment_channels, noise_channels, bias=False)
+        if config.default_guidance is not None:
+            self.guidance_embed = GuidanceEmbedding(noise_channels, config.default_guidance)
         self.map_layer0 = linear(noise_channels, emb_channels)
         self.map_layer1 = linear(emb_channels, emb_channels)
         if config.second_time is not None:
@@ -239,7 +244,7 @@ class SongUNet(nn.Module):
         """Fixes the dropout masks of the next passes: seed int64 [1], positions int64 [B]."""
         dropout.set_stream(self, seed, positions)
 
-    def embed(self, c_noise, labels=None, augment_labels=None, *, end=None):
+    def embed(self, c_noise, labels=None, augment_labels=None, *, guidance=None, end=None):
         """The embedding that every residual block starts from, [B, channels * channel_mult_emb]."""
         config = self.config
         emb = self.map_noise(c_noise).to(self.dtype)
@@ -252,6 +257,8 @@ class SongUNet(nn.Module):
             if config.augment_channels is None:
                 raise InputError("augmentation labels given to a network with network.augment_channels: None. Leave them out.")
             emb = emb + self.map_augment(augment_labels.to(self.dtype))
+        if config.default_guidance is not None:
+            emb = emb + self.guidance_embed(c_noise, guidance)
         emb = self.map_layer0(emb)
         if takes_end(config, end):
             emb = emb + self.second_embed(c_noise, end, self.map_noise)

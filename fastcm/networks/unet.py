@@ -13,6 +13,7 @@ from fastcm.networks.blocks import (
     ClassEmbedding,
     Downsample,
     GroupNorm,
+    GuidanceEmbedding,
     ResBlock,
     SecondTime,
     Upsample,
@@ -29,6 +30,7 @@ from fastcm.networks.checks import (
     require_counts,
     require_dropout,
     require_flags,
+    require_guidance,
     require_levels,
     require_second_time,
     require_tuples,
@@ -56,6 +58,7 @@ class UNetConfig:
     second_time: str | None = (
         None  # "gap" or "end": how the end of an average velocity is embedded (blocks.SecondTime); None: there is none
     )
+    default_guidance: float | None = None  # a student that is told its teacher's guidance weight: this one unless another is given
     scale_shift_norm: bool = True  # False: the embedding is added before the second norm
     resblock_updown: bool = True  # False: plain resampling layers between the levels
     conv_resample: bool = True  # those layers with a convolution; no effect with resblock_updown
@@ -69,6 +72,7 @@ class UNetConfig:
         require_counts(self, ("num_heads", "norm_groups", "dropout_resolution"), optional=True)
         require_classes(self)
         require_second_time(self)
+        require_guidance(self)
         require_dropout(self)
         require(self.channels % 2 == 0, "channels", self.channels, "Give an even number: half of the noise embedding are cosines.")
         require_levels(self)
@@ -118,7 +122,7 @@ class UNet(nn.Module):
     end: with `second_time`, the end r fp32 [B] of an average velocity, 0 where left out.
 
     Works and returns in the dtype of its parameters. State-dict keys and weight layouts are those of openai/consistency_models.
-    A label of -1, or labels=None, adds no class embedding.
+    A label of -1, or labels=None, adds no class embedding. guidance: fp32 [B], with default_guidance.
     """
 
     kind = "adm"
@@ -132,6 +136,8 @@ class UNet(nn.Module):
             self.second_embed = SecondTime(config.second_time, config.channels, emb_channels)
         if config.num_classes is not None:
             self.label_emb = ClassEmbedding(config.num_classes, emb_channels)
+        if config.default_guidance is not None:
+            self.guidance_embed = GuidanceEmbedding(config.channels, config.default_guidance)
         skips = self._build_down()
         width = config.widths[-1]
         pixels = config.pixels(len(config.widths) - 1)
@@ -206,11 +212,14 @@ class UNet(nn.Module):
         """Fixes the dropout masks of the next passes: seed int64 [1], positions int64 [B]."""
         dropout.set_stream(self, seed, positions)
 
-    def embed(self, c_noise, labels=None, *, end=None):
+    def embed(self, c_noise, labels=None, *, guidance=None, end=None):
         """SiLU of the noise (and class) embedding, [B, 4 * channels]: every residual block starts from it."""
         embed = partial(sinusoidal_embedding, channels=self.config.channels)
         first, silu, last = self.time_embed
-        emb = first(embed(c_noise).to(self.dtype))
+        features = embed(c_noise).to(self.dtype)
+        if self.config.default_guidance is not None:
+            features = features + self.guidance_embed(c_noise, guidance)
+        emb = first(features)
         if takes_end(self.config, end):
             emb = emb + self.second_embed(c_noise, end, embed)
         emb = last(silu(emb))

@@ -13,6 +13,7 @@ from fastcm.networks.blocks import (
     ClassEmbedding,
     Downsample,
     GroupNorm,
+    GuidanceEmbedding,
     ResBlock,
     Upsample,
     downsample,
@@ -31,6 +32,7 @@ from fastcm.networks.checks import (
     require_counts,
     require_dropout,
     require_flags,
+    require_guidance,
 )
 from fastcm.networks.resample import fir_downsample, fir_upsample
 from fastcm.networks.song_unet import NoiseEmbedding
@@ -68,6 +70,7 @@ class UNet2DConfig:
     cosines_first: bool = False
     emb_channels: int | None = None  # None: 4 times the first width
     num_classes: int | None = None
+    default_guidance: float | None = None  # a student that is told its teacher's guidance weight: this one unless another is given
     numbered_classes: bool = False  # classes are embedded as noise levels are, by their numbers
     input_gain: float = 1.0  # the network works on input_gain x + input_shift
     input_shift: float = 0.0
@@ -84,6 +87,7 @@ class UNet2DConfig:
         require_counts(self, ("resolution", "in_channels", "out_channels", "blocks"))
         require_counts(self, ("middle_groups", "head_channels", "norm_groups", "emb_channels", "num_classes"), optional=True)
         require_dropout(self)
+        require_guidance(self)
         require_choice(self, "embedding", ("positional", "fourier"))
         for name in ("norm_eps", "middle_scale"):
             require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, getattr(self, name), "Give a positive number.")
@@ -267,6 +271,7 @@ class UNet2D(nn.Module):
     c_noise is diffusers' timestep, of a Fourier embedding its logarithm; there the model divides its output by the noise level, which
     the form "ve" has in c_out. Works and returns in the dtype of its parameters. Blocks and layers have diffusers' names, residual blocks
     and attentions ours inside. A label of -1, or labels=None, adds no class embedding.
+    guidance: fp32 [B], with default_guidance.
     """
 
     kind = "unet2d"
@@ -284,6 +289,8 @@ class UNet2D(nn.Module):
         if config.num_classes is not None:
             kind, size = (Embedding, features) if config.numbered_classes else (ClassEmbedding, config.num_classes)
             self.class_embedding = kind(size, config.emb_width)
+        if config.default_guidance is not None:
+            self.guidance_embed = GuidanceEmbedding(features, config.default_guidance)
         levels, width, skips = len(widths), widths[0], [widths[0]]
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for level, kind in enumerate(config.down_blocks):
@@ -316,9 +323,12 @@ class UNet2D(nn.Module):
         parts = [angles.cos(), angles.sin()] if self.config.cosines_first else [angles.sin(), angles.cos()]
         return torch.cat(parts, dim=1)
 
-    def embed(self, c_noise, labels=None):
+    def embed(self, c_noise, labels=None, *, guidance=None):
         """SiLU of the noise (and class) embedding, [B, emb_width]: every residual block starts from it."""
-        emb = self.time_embedding(self._features(c_noise).to(self.dtype))
+        features = self._features(c_noise).to(self.dtype)
+        if self.config.default_guidance is not None:
+            features = features + self.guidance_embed(c_noise, guidance)
+        emb = self.time_embedding(features)
         if labels is not None:
             if self.config.num_classes is None:
                 raise InputError("labels given to an unconditional network, network.num_classes: None. Pass labels=None.")
@@ -330,8 +340,8 @@ class UNet2D(nn.Module):
                 emb = emb + self.class_embedding(labels)
         return nn.functional.silu(emb)
 
-    def forward(self, x, c_noise, labels=None):
-        config, emb, run = self.config, self.embed(c_noise, labels), runner(self.config.checkpoint)
+    def forward(self, x, c_noise, labels=None, **conditions):
+        config, emb, run = self.config, self.embed(c_noise, labels, **conditions), runner(self.config.checkpoint)
         image = x.to(self.dtype)
         if (config.input_gain, config.input_shift) != (1.0, 0.0):
             image = config.input_gain * image + config.input_shift

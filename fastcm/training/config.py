@@ -94,7 +94,9 @@ class TrainConfig:
     resolution: int | None = None
     channels: int | None = None  # what pictures are brought to; None: their own
     flip: bool = False
+    label_drop: float = 0.0  # the share of images whose class is not told, so that the network can be guided
     teacher: str | None = None
+    guide: str | None = None  # a second model, away from which the teacher is guided
     init: str | None = None
     lpips_weights: str | None = None
     labels_file: str | None = None
@@ -120,7 +122,8 @@ class TrainConfig:
         if self.microbatch is not None:
             check_number("--microbatch", self.microbatch, 1, whole=True)
         check_number("--checkpoint-every", self.checkpoint_every_s, 0)
-        for name in ("teacher", "init", "lpips_weights", "labels_file"):
+        check_number("--label-drop", self.label_drop, 0, 1)
+        for name in ("teacher", "guide", "init", "lpips_weights", "labels_file"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise InputError(f"illegal value in --{name.replace('_', '-')}: {value!r}. Give a path, or leave it out.")
@@ -137,6 +140,8 @@ class TrainConfig:
                 f"unused option with --method {self.method}: --teacher {self.teacher}. "
                 f"Only {' and '.join(TAUGHT_METHODS)} read a teacher; use --init to start from it."
             )
+        if self.guide is not None and (self.method not in TAUGHT_METHODS or self.objective.guidance == 1):
+            raise InputError(f"unused option: --guide {self.guide}. It is for --method {' or '.join(TAUGHT_METHODS)} with --guidance W.")
         form = form_of(self.method, self.noise.base)
         if self.noise.form != form:
             raise InputError(f"form of another method in noise.form: {self.noise.form}. {self.method} trains the {form} form.")

@@ -107,6 +107,7 @@ def blank_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     teacher = first_stage = None
     if config.method in TAUGHT_METHODS:
         teacher = Denoiser(copy.deepcopy(network), replace(config.noise, form=config.noise.base))
+    guide = None if config.guide is None else copy.deepcopy(teacher)
     if config.method == "tcm":
         first_stage = Denoiser(copy.deepcopy(network), replace(config.noise, transition=None))
     return build_trainer(
@@ -117,7 +118,9 @@ def blank_trainer(config: TrainConfig, device: torch.device) -> Trainer:
         device=device,
         precision=resolve_precision(config.precision, device, config.noise),
         compiled=False,
-        guides=Guides(teacher=teacher, feature_distance=None if distance is None else distance.to(device), first_stage=first_stage),
+        guides=Guides(
+            teacher=teacher, guide=guide, first_stage=first_stage, feature_distance=None if distance is None else distance.to(device)
+        ),
     )
 
 
@@ -164,7 +167,7 @@ def _lasting(trainer: Trainer) -> dict[str, int]:
         sizes["gradient"] += _bytes([optimizer.gradient, optimizer.total])
         sizes["16-bit copies"] += _bytes([optimizer.low_precision, optimizer.target_low_precision])
     loss = trainer.method_loss
-    for module in (loss.teacher, loss.first_stage, loss.distance):
+    for module in (loss.teacher, loss.guide, loss.first_stage, loss.distance):
         if isinstance(module, nn.Module):
             sizes["teacher and distance"] += _bytes([*module.parameters(), *module.buffers()])
     return sizes

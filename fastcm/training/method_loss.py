@@ -1,5 +1,6 @@
 """The configured method's loss of a batch: which levels are drawn, who is the teacher, which distance and weight apply."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -7,18 +8,19 @@ from torch import Tensor, nn
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser
+from fastcm.consistency.guidance import guided
 from fastcm.consistency.log_weight import LogWeight
 from fastcm.consistency.mean_flow import mean_flow_loss
 from fastcm.consistency.noise_schedule import TruncatedStudentT
 from fastcm.consistency.objective import Batch, FeatureDistance, TeacherStep, consistency_loss, continuous_loss, edm_loss, loss_weight
-from fastcm.consistency.solver import solver_step
+from fastcm.consistency.solver import Denoise, solver_step
 from fastcm.consistency.tangent import network_tangent
 from fastcm.training.config import TrainConfig
 from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS
 from fastcm.training.schedule import flow_pair, sigma_draw, sigma_pair, truncated_pair
 from fastcm.training.step_scalars import StepScalars
 
-SIGMA_STREAM, END_STREAM, FLOW_SHARE_STREAM = 1, 6, 7
+SIGMA_STREAM, GUIDANCE_STREAM, END_STREAM, FLOW_SHARE_STREAM = 1, 5, 6, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Guides:
     """The frozen networks that a loss looks at, on the run's device; None where the method has none."""
 
     teacher: Denoiser | None = None
+    guide: Denoise | None = None
     feature_distance: FeatureDistance | None = None
     first_stage: Denoiser | None = None
 
@@ -50,10 +53,11 @@ class MethodLoss:
         compiled: bool,
     ):
         self.config, self.student, self.target = config, student, target
-        self.teacher, self.first_stage = guides.teacher, guides.first_stage
+        self.teacher = None if guides.teacher is None else guides.teacher.eval().requires_grad_(False)
+        self.guide = guides.guide
+        self.first_stage = guides.first_stage
         if self.first_stage is not None:  # shares the student's dropout masks, as the target does
             self.first_stage.train().requires_grad_(False)
-        self.teacher_step = None if guides.teacher is None else bind_teacher(guides.teacher, config.objective.solver)
         self.distance = config.objective.distance if guides.feature_distance is None else guides.feature_distance
         self.huber_c = huber_constant(config.objective.huber_c, image_shape)
         self.tangent, self.log_weight, self.levels = None, None, None
@@ -68,6 +72,9 @@ class MethodLoss:
     def __call__(self, batch: Batch, scalars: StepScalars, factor: Tensor) -> Tensor:
         objective = self.config.objective
         u = kernels.uniform(batch.seed, batch.position, stream=SIGMA_STREAM)
+        if objective.draws_guidance:
+            low, high = objective.guidance
+            batch = batch._replace(guidance=low + (high - low) * kernels.uniform(batch.seed, batch.position, stream=GUIDANCE_STREAM))
         if self.config.method == "edm":
             return edm_loss(self.student, batch, sigma_draw(objective, u), factor=factor)
         if self.config.method in CONTINUOUS_METHODS:
@@ -78,7 +85,7 @@ class MethodLoss:
                 tangent=self.tangent,
                 warmup=scalars.tangent_warmup,
                 tangent_c=objective.tangent_c,
-                teacher=self.teacher,
+                teacher=self.guided_teacher(batch.guidance),
                 log_weight=self.log_weight,
                 factor=factor,
             )
@@ -101,6 +108,7 @@ class MethodLoss:
             factor = factor * counts
         else:
             sigma_hi, sigma_lo = sigma_pair(self.config, u, scalars.steps)
+        teacher = self.guided_teacher(batch.guidance)
         return consistency_loss(
             self.student,
             self.target,
@@ -110,15 +118,23 @@ class MethodLoss:
             weight=loss_weight(objective.loss_weight, sigma_hi, sigma_lo, sigma_data=self.config.noise.sigma_data) * factor,
             distance=self.distance,
             huber_c=self.huber_c,
-            teacher_step=self.teacher_step,
+            teacher_step=None if teacher is None else bind_teacher(teacher, objective.solver),
             first_stage=self.first_stage,
         )
 
+    def guided_teacher(self, weight: Tensor | None = None) -> Denoise | None:
+        """The teacher as the student sees it: guided with the configured weight, or with `weight` [B] of a range, the default of it."""
+        objective = self.config.objective
+        if self.teacher is None or objective.guidance == 1:
+            return self.teacher
+        if weight is None:
+            weight = self.config.network["default_guidance"] if objective.draws_guidance else objective.guidance
+        return functools.partial(guided, self.teacher, weight=weight, interval=objective.guidance_interval, guide=self.guide)
 
-def bind_teacher(teacher: Denoiser, solver: str) -> TeacherStep:
-    """The ODE step of `solver` with the teacher as its denoiser, without gradient."""
+
+def bind_teacher(teacher: Denoise, solver: str) -> TeacherStep:
+    """The ODE step of `solver` with the teacher as its denoiser."""
     step = solver_step(solver)
-    teacher = teacher.eval().requires_grad_(False)
     return lambda x_hi, sigma_hi, sigma_lo, labels: step(teacher, x_hi, sigma_hi, sigma_lo, labels)
 
 

@@ -95,7 +95,7 @@ class Monitor:
             images.to(trainer.device),
             labels=None if labels is None else labels.to(trainer.device),
             seed=0,
-            teacher=trainer.method_loss.teacher,
+            teacher=trainer.method_loss.guided_teacher(),
         )
         self.folder.append_log({"nimg": trainer.nimg, "self_consistency": value})
         self.logs.scalars({"self_consistency": value}, trainer.nimg)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fastcm.consistency.curriculum import CURRICULA, MU_SCHEDULES
+from fastcm.consistency.guidance import checked_interval, checked_weight
 from fastcm.consistency.objective import LOSS_WEIGHTS, PIXEL_DISTANCES
 from fastcm.consistency.solver import STEPS
 from fastcm.consistency.tangent import TANGENTS
@@ -30,6 +31,8 @@ class ObjectiveConfig:
       (`objective.continuous_loss`).
     flow_share: of MeanFlow's samples, those with r = t, which are flow matching's; weight_power, weight_c: p and c of its adaptive weight;
       omega, kappa: of guidance inside training; velocity: "data" or, as iMF, "network" (`mean_flow.mean_flow_loss`).
+    guidance: the weight of the teacher's guidance (`guidance.guided`), 1 for none, or the range from which each sample draws its own, of
+      which the student is told (Meng et al. 2023, 2210.03142, section 3.1); guidance_interval: the noise levels between which it holds.
     """
 
     distance: str = "l2"
@@ -61,6 +64,8 @@ class ObjectiveConfig:
     omega: float = 1.0
     kappa: float = 0.0
     velocity: str = "data"
+    guidance: float | tuple[float, float] = 1.0
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self):
         for name, choices in (
@@ -99,3 +104,13 @@ class ObjectiveConfig:
         check_number("objective.weight_c", self.weight_c, 0, open_low=True)
         check_number("objective.omega", self.omega, 0, open_low=True)
         check_number("objective.kappa", self.kappa, 0, 1)
+        object.__setattr__(self, "guidance", checked_weight(self.guidance, "--guidance"))
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval, "--guidance-interval"))
+            if self.guidance == 1:
+                raise InputError(f"unused option: --guidance-interval {self.guidance_interval}. Add --guidance W.")
+
+    @property
+    def draws_guidance(self) -> bool:
+        """Whether each sample has a guidance weight of its own."""
+        return isinstance(self.guidance, tuple)

@@ -12,6 +12,7 @@ from fastcm import networks
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.training.config import TrainConfig, differences
+from fastcm.training.objective_config import ObjectiveConfig
 
 # What may change when a run is resumed: its length, and what leaves the weights as they are, to rounding.
 MAY_CHANGE = (
@@ -33,6 +34,7 @@ STAND_FOR = (
     "label_column",
     "bad_images",
     "teacher",
+    "guide",
     "init",
     "lpips_weights",
     "precision",
@@ -101,8 +103,9 @@ def check_resumed(old: dict[str, Any], new: dict[str, Any], out: object) -> list
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that have to be equal; a network with all of its options, written or not."""
-    kept = {name: value for name, value in settings.items() if name not in (*MAY_CHANGE, *STAND_FOR, *FACTS)}
+    """The settings that have to be equal, with the defaults of those that an earlier version did not write."""
+    whole = _whole(TrainConfig, {**settings, "objective": _whole(ObjectiveConfig, settings["objective"])})
+    kept = {name: value for name, value in whole.items() if name not in (*MAY_CHANGE, *STAND_FOR, *FACTS)}
     network = dict(kept["network"])
     kind = network.pop("kind", None)
     if kind in networks.KINDS:
@@ -110,3 +113,8 @@ def _compared(settings: dict[str, Any]) -> dict[str, Any]:
         whole = {"kind": kind, **dataclasses.asdict(config_class(**network))}
         kept["network"] = json.loads(json.dumps(whole))
     return {**kept, "weights": sorted(settings["weights"])}
+
+
+def _whole(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a section with its defaults, as JSON has them."""
+    return {**{f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}, **settings}

@@ -10,9 +10,11 @@ from torch import nn
 
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.consistency.guidance import as_guide
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.devices import choose_device
+from fastcm.generation.generator import class_names
 from fastcm.training.checkpoint import complete_steps
 from fastcm.training.config import TrainConfig
 from fastcm.training.feature_distance import feature_distance
@@ -23,7 +25,7 @@ from fastcm.training.resumed_settings import settings
 from fastcm.training.run_folder import RunFolder
 from fastcm.training.run_logs import RunLog
 from fastcm.training.session import RunResult, Session
-from fastcm.training.starting_point import check_against, copy_weights
+from fastcm.training.starting_point import check_against, check_guide, copy_weights
 from fastcm.training.trainer import Callbacks
 from fastcm.training.trainer_parts import build_trainer
 
@@ -79,6 +81,7 @@ def run(
     dataset: Dataset,
     network: nn.Module | None = None,
     teacher: tuple[Denoiser, dict] | None = None,
+    guide: tuple[Denoiser, dict] | None = None,
     init: tuple[Denoiser, dict] | None = None,
     callbacks: Callbacks = (),
     processes: Processes | None = None,
@@ -86,7 +89,7 @@ def run(
 ) -> RunResult:
     """Trains, or resumes what stands in `out`. network: a module of the user's own, F(x, c_noise, labels); else the config's is built.
 
-    teacher, init: opened models (denoiser, config.json). processes: those that train together, each in this call; alone by default.
+    teacher, guide, init: opened models (denoiser, config.json). processes: those that train together, each in this call; alone by default.
     callbacks, logs: called in the writer's process. Raises InputError before anything is created, RunError afterwards.
     """
     processes = processes or Processes()
@@ -102,19 +105,25 @@ def run(
     for model, option in ((teacher, "--teacher"), (init, "--init")):
         if model is not None:
             check_against(*model, config, dataset, option)
+    if guide is not None:
+        check_guide(*guide, config, dataset)
     start = init if init is not None else teacher  # distillation starts from the teacher's weights (Song et al. 2023, section 5.1)
     note = None if start is None else copy_weights(network, start[0].network, "--teacher" if init is None else "--init")
     if config.objective.tangent == "finite-difference" and precision != "fp32":
         raise InputError(f"too coarse for objective.tangent finite-difference in --precision: {precision}. Use fp32, or the tangent jvp.")
     distance = feature_distance(config, dataset)
     first_stage = init if config.method == "tcm" else None
-    teaching, answering, measuring = (
-        None if model is None else model.to(device) for model in (teacher and teacher[0], first_stage and first_stage[0], distance)
+    teaching, guiding, answering, measuring = (
+        None if model is None else model.to(device)
+        for model in (teacher and teacher[0], guide and guide[0], first_stage and first_stage[0], distance)
     )
-    guides = Guides(teacher=teaching, feature_distance=measuring, first_stage=answering)
+    if guide is not None:
+        guiding = as_guide(guiding, has_classes=bool(class_names(*guide)))
+    guides = Guides(teacher=teaching, guide=guiding, feature_distance=measuring, first_stage=answering)
     folder = None
     if processes.is_writer:
-        weights = {"teacher": teacher and teacher[0], "init": init and init[0], "lpips_weights": distance if config.lpips_weights else None}
+        weights = {name: model and model[0] for name, model in (("teacher", teacher), ("guide", guide), ("init", init))}
+        weights["lpips_weights"] = distance if config.lpips_weights else None
         folder = RunFolder(out, settings(config, dataset, network, precision=precision, device=device.type, weights=weights))
     try:
         if folder is not None and note and not complete_steps(folder.checkpoints):

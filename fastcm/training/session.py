@@ -203,6 +203,10 @@ class Session:
         halflives, widths = config.optimizer.ema_halflife_kimg, config.optimizer.ema_widths
         is_power = index >= len(halflives)
         training["ema_width" if is_power else "ema_halflife_kimg"] = widths[index - len(halflives)] if is_power else halflives[index]
+        if config.label_drop:
+            training["label_drop"] = config.label_drop
+        if config.objective.guidance != 1:
+            training["guidance"] = config.objective.guidance
         return {
             "classes": list(dataset.class_names) if dataset.class_names else None,
             "resolution": dataset.resolution,

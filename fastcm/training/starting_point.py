@@ -10,6 +10,7 @@ from fastcm import networks
 from fastcm.consistency.denoiser import C_NOISE, FLOW_TIME, STEPS, Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
+from fastcm.generation.generator import class_names
 from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TrainConfig
 from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS, form_of
@@ -19,7 +20,7 @@ DIFFERENCE_STEP = 0.05  # of ln(sigma): a derivative in a chain's step is mostly
 SMOOTH_C_NOISE = tuple(name for name in C_NOISE if name not in ("250 ln sigma", *STEPS))
 # What a run decides itself on another model's network: its images and classes, and what is no part of the weights.
 OWN_FIELDS = ("resolution", "in_channels", "out_channels", "num_classes", "second_time", "dropout", "dropout_resolution", "checkpoint")
-SECOND_TIME = "second_embed."  # the layer of a second time, which is zero at first
+ZERO_AT_FIRST = ("guidance_embed.", "second_embed.")  # layers that a model without them can start: new, they add nothing
 CLASS_TABLES = ("label_emb.", "map_label.", "class_embedding.")  # the layers whose shape follows the number of classes
 
 
@@ -62,6 +63,15 @@ def check_images(info: dict[str, Any], dataset: Dataset, option: str, *, answers
             raise InputError(f"another {field} in {option}: {found[field]} (the run has {want}). Choose a model of the run's data.")
 
 
+def check_guide(guide: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset) -> None:
+    """Refuses a guide of other images than the run's, of other classes where it has any, or of fewer noise levels."""
+    check_images(info if class_names(guide, info) else {**info, "classes": dataset.class_names}, dataset, "--guide")
+    theirs, ours = guide.preconditioning, config.noise
+    if theirs.sigma_min > ours.sigma_min or theirs.sigma_max < ours.sigma_max:
+        have, want = (f"{p.sigma_min:g} to {p.sigma_max:g}" for p in (theirs, ours))
+        raise InputError(f"fewer noise levels in --guide: {have} (the run has {want}). Choose a model of the teacher's levels.")
+
+
 def check_against(model: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset, option: str) -> None:
     """Refuses a teacher or first model whose images, classes or noise range differ from the run's."""
     first_stage = config.method == "tcm" and option == "--init"
@@ -92,8 +102,8 @@ def copy_weights(network: nn.Module, source: nn.Module, option: str) -> str | No
     Returns the line that says so. Raises InputError naming up to three tensors of other names or shapes.
     """
     own = network.state_dict()
-    state = {name.removeprefix("_orig_mod."): value for name, value in source.state_dict().items()}
-    state |= {name: value for name, value in own.items() if name.startswith(SECOND_TIME) and name not in state}
+    state = {name: value for name, value in own.items() if name.startswith(ZERO_AT_FIRST)}
+    state |= {name.removeprefix("_orig_mod."): value for name, value in source.state_dict().items()}
     wrong = [name for name in {**own, **state} if name not in state or name not in own or state[name].shape != own[name].shape]
     anew = bool(wrong) and all(name.startswith(CLASS_TABLES) for name in wrong)
     if wrong and not anew:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcm import kernels
+from fastcm.consistency.guidance import NO_CLASS
 from fastcm.consistency.objective import Batch
 from fastcm.data.dataset import Dataset
 from fastcm.data.prefetch import batches
@@ -26,7 +27,7 @@ from fastcm.training.parallel import Processes
 from fastcm.training.schedule import StepValues, step_values
 from fastcm.training.step_scalars import StepScalars
 
-FLIP_STREAM = 2
+FLIP_STREAM, LABEL_DROP_STREAM = 2, 3
 # A run of this many updates in a row with a loss or gradient that is not finite ends the training.
 NONFINITE_LIMIT = 10
 
@@ -153,6 +154,9 @@ class Trainer:
         """The configured method's loss of each sample, as its part of the batch's mean and times the loss scale: [B] fp32."""
         if self.config.flip:
             batch = batch._replace(flip=kernels.uniform(batch.seed, batch.position, stream=FLIP_STREAM) < 0.5)
+        if self.config.label_drop:
+            dropped = kernels.uniform(batch.seed, batch.position, stream=LABEL_DROP_STREAM) < self.config.label_drop
+            batch = batch._replace(labels=batch.labels.masked_fill(dropped, NO_CLASS))
         factor = self.share_of_batch if self.loss_scale is None else self.share_of_batch * self.loss_scale.value
         return self.method_loss(batch, self.scalars, factor)
 

@@ -11,7 +11,7 @@ from fastcm import networks
 from fastcm.errors import InputError, shown
 from fastcm.networks.unet2d import DOWN_BLOCKS, UP_BLOCKS
 from fastcm.weights.fields import COUNT, COUNTS, NEEDED, NUMBER, TEXTS, field
-from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
+from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain, require_untold
 from fastcm.weights.model_folder import fill, read_json
 from fastcm.weights.state_dict_file import is_index, network_state, read_state_dict
 
@@ -224,6 +224,7 @@ def to_config(network: nn.Module) -> dict:
 
 
 def _unet2d_to_config(config: networks.UNet2DConfig) -> dict:
+    require_untold(config, "diffusers")
     affine = (config.input_gain, config.input_shift)
     if affine not in ((1.0, 0.0), (2.0, -1.0)):
         raise InputError(f"no diffusers form in network.input_gain: {config.input_gain}. UNet2DModel works on pixels from -1 to 1.")

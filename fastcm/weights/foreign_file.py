@@ -40,10 +40,18 @@ def require_plain(config, form: str) -> None:
     """
     if getattr(config, "second_time", None) is not None:
         raise InputError(f"no {form} form in network.second_time: {config.second_time}. Its networks know one time; use fastcm's own.")
+    require_untold(config, form)
     if not patches.is_plain(config):
         name = "patch" if config.patch > 1 else "resolution"
         value = getattr(config, name)
         raise InputError(f"no {form} form in network.{name}: {value}. Its layers see images whole and halve them evenly; use fastcm's own.")
+
+
+def require_untold(config, form: str) -> None:
+    """Raises InputError for a network that is told a guidance weight, which no other format has. form: the format's name."""
+    if config.default_guidance is not None:
+        remedy = "Export it at one weight with --onnx --guidance W, or use fastcm's own."
+        raise InputError(f"no {form} form in network.default_guidance: {config.default_guidance}. {remedy}")
 
 
 def refuse_keys(path: Path, *, expected: str, keys: list[str], remedy: str) -> NoReturn:
