@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, expand
+from fastcm.consistency.guidance import NO_CLASS
 from fastcm.consistency.objective import Batch, noised
 from fastcm.consistency.tangent import NetworkTangent
 
@@ -63,7 +64,7 @@ def mean_flow_loss(
         own = denoised_at(batch.labels) if kappa or velocity == "network" else image
         D_v = image
         if batch.labels is not None and (omega, kappa) != (1.0, 0.0):
-            unlabelled = denoised_at(torch.full_like(batch.labels, -1))
+            unlabelled = denoised_at(torch.full_like(batch.labels, NO_CLASS))
             D_v = torch.where(expand(batch.labels >= 0, x), omega * image + kappa * own + (1 - omega - kappa) * unlabelled, image)
         D_along = own if velocity == "network" else D_v
         # The derivative is taken in ln(sigma), as for `continuous_loss`: (t - r) d/dt = (1 - r / t) (1 + sigma) d/d ln(sigma).

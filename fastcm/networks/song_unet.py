@@ -49,9 +49,7 @@ class SongUNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)  # the middle block always attends
     dropout: float = 0.0
     num_classes: int | None = None  # None: unconditional
-    second_time: str | None = (
-        None  # "gap" or "end": how the end of an average velocity is embedded (blocks.SecondTime); None: there is none
-    )
+    second_time: str | None = None  # "gap" or "end" of an average velocity (blocks.SecondTime); None: there is none
     default_guidance: float | None = None  # a student that is told its teacher's guidance weight: this one unless another is given
     augment_channels: int | None = None  # width of augmentation labels; None: not accepted
     embedding: str = "positional"  # or "fourier"

@@ -55,9 +55,7 @@ class UNetConfig:
     dropout: float = 0.0
     dropout_resolution: int | None = None  # dropout in blocks of at most this many places a side; None: in all
     num_classes: int | None = None  # None: unconditional
-    second_time: str | None = (
-        None  # "gap" or "end": how the end of an average velocity is embedded (blocks.SecondTime); None: there is none
-    )
+    second_time: str | None = None  # "gap" or "end" of an average velocity (blocks.SecondTime); None: there is none
     default_guidance: float | None = None  # a student that is told its teacher's guidance weight: this one unless another is given
     scale_shift_norm: bool = True  # False: the embedding is added before the second norm
     resblock_updown: bool = True  # False: plain resampling layers between the levels

@@ -153,12 +153,23 @@ class TrainConfig:
         if (self.noise.transition is not None) != (self.method == "tcm"):
             remedy = "Give the level below which its first stage answers, as 1." if self.method == "tcm" else "Only tcm has one."
             raise InputError(f"transition of another method in noise.transition: {self.noise.transition}. {remedy}")
-        if self.method == "meanflow" and self.network["kind"] in KINDS and self.network.get("second_time") is None:
+        if self.method == "meanflow" and self.network["kind"] in KINDS:
+            self._check_mean_flow()
+        if self.lpips_weights is not None and self.objective.distance != "lpips":
+            raise InputError(f"unused option: --lpips-weights {self.lpips_weights}. Add --set objective.distance=lpips.")
+
+    def _check_mean_flow(self) -> None:
+        """The network's second time, and the unconditional half of guidance inside training."""
+        if self.network.get("second_time") is None:
             able = self.network["kind"] != "unet2d"
             remedy = "Pass --set network.second_time=gap" if able else "Networks of kind adm and song have one"
             raise InputError(f"no second time in network.{'second_time: None' if able else 'kind: unet2d'}. {remedy}.")
-        if self.lpips_weights is not None and self.objective.distance != "lpips":
-            raise InputError(f"unused option: --lpips-weights {self.lpips_weights}. Add --set objective.distance=lpips.")
+        if (self.objective.omega, self.objective.kappa) != (1, 0):
+            given = f"in objective.omega, kappa: {self.objective.omega:g}, {self.objective.kappa:g}"
+            if self.network.get("num_classes") is None:
+                raise InputError(f"guidance without classes {given}. Give labelled pictures and a network with classes.")
+            if self.label_drop == 0 and self.init is None:
+                raise InputError(f"guidance without an unconditional half {given}. Pass --label-drop 0.1.")
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""

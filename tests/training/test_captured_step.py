@@ -25,6 +25,7 @@ METHODS = {
     "ict": {"objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32},
     "ect": {"duration_kimg": 0.32},
     "sct": {"objective.tangent_warmup_kimg": 0.16, "duration_kimg": 0.32},
+    "meanflow": {"objective.velocity": "network", "duration_kimg": 0.32},
 }
 
 
@@ -52,14 +53,14 @@ def assert_same_state(a, b):
             assert all(torch.equal(tensor, others[role][name]) for name, tensor in tensors.items()), role
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m == "sct" else ()) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.slow
 def test_recorded_steps_have_the_bits_of_plain_ones(method):
     plain, recorded = trainer(method=method, **METHODS[method]), trainer(method=method, **METHODS[method])
     graphs = record_steps(recorded)
     expected, found = steps(plain), steps(recorded)
     assert found == expected
-    assert method == "sct" or len({row[2] for row in expected}) > 2
+    assert method in ("sct", "meanflow") or len({row[2] for row in expected}) > 2
     assert_same_state(plain, recorded)
     assert graphs.events.count("record") == 2 and recorded.work.is_replayed
     # Two replays to compare, one of the first update, then two for each of the steps that are left.

@@ -43,6 +43,7 @@ CASES = {
     "sct-difference": {"objective.tangent": "finite-difference", "objective.adaptive_weight": False},
     "meanflow": {},
     "meanflow-improved": {"objective.velocity": "network", "objective.flow_share": 0.5},
+    "meanflow-guided": {"objective.omega": 1.5, "objective.kappa": 0.5, "label_drop": 0.25},
     "cd-classifier": {"objective.distance": "classifier", "objective.loss_weight": "uniform"},
 }
 
@@ -190,6 +191,8 @@ def test_no_recompilation_of_meanflow(tmp_path, no_recompilation, tangent):
         ({"method": "meanflow", "changes": {"network.second_time": None}}, "network.second_time: None. Pass --set network.second_time=gap"),
         ({"method": "meanflow", "changes": {"objective.velocity": "netwrok"}}, "Did you mean 'network'"),
         ({"method": "meanflow", "changes": {"objective.flow_share": 1.5}}, "objective.flow_share: 1.5"),
+        ({"method": "meanflow", "changes": {"objective.omega": 2.0}}, "omega, kappa: 2, 0. Pass --label-drop 0.1"),
+        ({"method": "meanflow", "changes": {"objective.kappa": 0.5, "network.num_classes": None}}, "guidance without classes"),
         ({"method": "meanflow", "network": Deaf()}, "no second time in network: Deaf. Let its forward take end=None"),
         ({"method": "sct", "changes": {"objective.tangent": "finite-difference", "precision": "bf16"}}, "--precision: bf16"),
     ],

@@ -45,7 +45,7 @@ def gradient_and_loss(made):
     return torch.cat([tensor.flatten() for tensor in named.values()]), float(made.loss)
 
 
-@pytest.mark.parametrize("method", ["ict", "edm", pytest.param("sct", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["ict", "edm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sct", "meanflow"))])
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(method):
     whole, loss = gradient_and_loss(trainer(method=method))
     assert whole.abs().max() > 1e-3
