@@ -9,9 +9,10 @@ from fastcm.benchmarks.quality import methods as bench_methods
 MACHINE = {"cores": 2, "processor": "P", "torch": "2", "date": "2026-01-01", "commit": "c", "gpu": None}
 
 
-def row(cell, seed, fd, *, steps=1, accuracy=0.9):
+def row(cell, seed, fd, *, steps=1, accuracy=0.9, preset=None):
     return {
         "bench": "methods",
+        **({} if preset is None else {"preset": preset}),
         "cell": cell,
         "seed": seed,
         "steps": steps,
@@ -45,7 +46,39 @@ def test_the_table_gives_mean_and_deviation_over_seeds(tmp_path, monkeypatch):
     assert bench_methods.main(["--docs", str(file)]) == 0
     text = page.read_text()
     assert "| ict | 15 kimg | 4 | 92.0% ± 2.0% | 1.20 ± 0.20 | 90.0% | 0.80 | 0.100 ± 0.000 |" in text and "old" not in text
-    assert text.startswith("a\n") and text.endswith("b\n") and "slowest run 80 s" in text
+    assert text.startswith("a\n") and text.endswith("b\n") and "Slowest run 80 s" in text and "### digits" in text
+
+
+def test_tables_of_several_files_have_a_part_per_data_set():
+    """A cell is the last file's that has it; files from before there were presets are of digits; a first stage is said first."""
+    old = [row("ict", 0, 10), row("ect", 0, 20), row("of the future", 0, 30)]
+    tcm = {**row("tcm, from ect", 0, 15), "preset": "digits", "first_kimg": 10.0, "first_calls": 2, "kimg": 20 / 3, "calls": 3}
+    new = [tcm, row("ict", 0, 40, preset="digits"), row("ect", 0, 50, preset="mnist")]
+    text = bench_methods.tables([{"rows": old, "machine": MACHINE}, {"rows": new, "machine": {**MACHINE, "processor": "Q"}}])
+    digits, mnist = text[text.index("### digits") :].split("### mnist")
+    assert [line.split(" | ")[0] for line in digits.splitlines() if line.endswith("0.100 |")] == [
+        "| ict",
+        "| ect",
+        "| tcm, from ect",
+        "| of the future",
+    ]
+    assert "| ict | 15 kimg | 4 | 90.0% | 4.00 |" in digits and "| tcm, from ect | 10 and 6.67 kimg | 2 and 3 |" in digits
+    assert "| ect | 15 kimg | 4 | 90.0% | 5.00 |" in mnist and "of P" in mnist and "of Q" in mnist
+
+
+def test_a_second_stage_follows_its_first_within_one_budget(tmp_path, monkeypatch):
+    """Half of the network calls each; teachers that are trained otherwise lie in folders of their own."""
+    calls = []
+    monkeypatch.setattr(bench_methods, "call", calls.append)
+    (cell,) = [cell for cell in bench_methods.CELLS if cell.name == "tcm, from ect"]
+    with pytest.raises(FileNotFoundError):  # of the evaluation that nobody wrote
+        bench_methods.measure(cell, 3, "mnist", tmp_path, 24.0)
+    first, second = (f"{tmp_path}/tcm-from-ect-{name}" for name in ("first-3", "3"))
+    assert calls == [
+        f"fastcm train mnist --method ect --init {tmp_path}/teacher --duration 6kimg --seed 3 --out {first}",
+        f"fastcm train mnist --method tcm --init {first} --duration 4kimg --seed 3 --out {second}",
+        f"fastcm evaluate {second} --data mnist --metrics accuracy,fd --json {second}/evaluation.json",
+    ]
 
 
 @pytest.mark.slow
