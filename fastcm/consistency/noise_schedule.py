@@ -75,20 +75,25 @@ def log_normal_pair(
     return _pair(index, steps, **grid)
 
 
-def ect_pair(u: Tensor, stage: Tensor | int, *, P_mean: float, P_std: float, q: float, k: float, b: float) -> tuple[Tensor, Tensor]:
+def ect_pair(
+    u: Tensor, stage: Tensor | int, *, P_mean: float, P_std: float, q: float, k: float, b: float, limit: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Levels (sigma_hi, sigma_lo) = (t, r), each [B] fp32, of Easy Consistency Tuning (Geng et al. 2024, section 3).
 
     t is log-normal; r = max(0, t (1 - n(t) / q^(stage + 1))) with n(t) = 1 + k sigmoid(-b t). The pair closes as the stage a grows;
     where it is wide open r is 0, and the target is the image itself.
     """
     t = log_normal(u, P_mean=P_mean, P_std=P_std)
-    return t, ect_lower(t, stage, q=q, k=k, b=b)
+    return t, ect_lower(t, stage, q=q, k=k, b=b, limit=limit)
 
 
-def ect_lower(t: Tensor, stage: Tensor | int, *, q: float, k: float, b: float) -> Tensor:
-    """The lower level r [B] of ECT's pair whose higher one is t [B] (`ect_pair`)."""
-    n = 1 + k * torch.sigmoid(-b * t)
-    return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+def ect_lower(t: Tensor, stage: Tensor | int, *, q: float, k: float, b: float, limit: float | None = None) -> Tensor:
+    """The lower level r [B] of ECT's pair whose higher one is t [B] (`ect_pair`). limit: the most that q^(stage + 1) becomes, by which
+    Lee et al. 2024 end their first stages (as ratio_limit = 1 - 1 / limit in their code); None for none."""
+    n, closeness = 1 + k * torch.sigmoid(-b * t), q ** (stage + 1)
+    if limit is not None:
+        closeness = closeness.clamp(max=limit) if isinstance(closeness, Tensor) else min(closeness, limit)
+    return (t * (1 - n / closeness)).clamp(min=0)
 
 
 class TruncatedStudentT:

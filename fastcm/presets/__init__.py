@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastcm.errors import InputError, nearest
-from fastcm.presets.cifar10 import cifar10, cifar10_code, cifar10_ect_hour, cifar10_ict_deep
+from fastcm.presets.cifar10 import cifar10, cifar10_code, cifar10_ect_hour, cifar10_fastgen, cifar10_ict_deep
 from fastcm.presets.imagenet64 import imagenet64, imagenet64_code, imagenet64_l2
 from fastcm.presets.lsun256 import lsun256, lsun256_code, lsun256_l2
 from fastcm.presets.own import digits, emoji32, emoji32_large, folder, mnist
@@ -32,6 +32,7 @@ PRESETS: dict[str, Callable[..., TrainConfig]] = {
     "cifar10-code": cifar10_code,
     "cifar10-ict-deep": cifar10_ict_deep,
     "cifar10-ect-hour": cifar10_ect_hour,
+    "cifar10-fastgen": cifar10_fastgen,
     "imagenet64": imagenet64,
     "imagenet64-code": imagenet64_code,
     "imagenet64-l2": imagenet64_l2,

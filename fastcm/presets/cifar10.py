@@ -83,6 +83,8 @@ _MEANFLOW = PublishedRun(
     ema_decays=(0.99995,),
 )
 _SCT = replace(_SCD, network={**_DDPMPP, "dropout": 0.2}, objective=objective("sct"))
+# Lee et al. 2024 and the README of their code (NVlabs/TCM), whose --duration is an upper limit.
+_TCM = replace(_ECT, objective=objective("tcm"), steps=300_000, batch=1024, lr=5e-5, two_step=1.0)
 
 
 def cifar10(method: str = "ict", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
@@ -97,8 +99,9 @@ def cifar10(method: str = "ict", *, teacher: str | None = None, data: str | None
       appendix's comparison with ECT. Theirs has double normalisation too.
     meanflow: Geng et al. 2025 (2505.13447), appendix, and cifar10_v0.sh of their code: DDPM++ with t and t - r embedded, without
       preconditioning, 75 % of the samples with r < t. Theirs had EDM's augmentation pipe without vertical mirrors and samples from t = 1.
+    tcm: Lee et al. 2024, from their first stage, the ect of cifar10-fastgen, given as --init. Its length is that of cifar10-fastgen.
     """
-    runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ict": _ICT, "ect": _ECT, "scd": _SCD, "sct": _SCT, "meanflow": _MEANFLOW}
+    runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ict": _ICT, "ect": _ECT, "scd": _SCD, "sct": _SCT, "meanflow": _MEANFLOW, "tcm": _TCM}
     return published("cifar10", method, runs, teacher=teacher, data=data)
 
 
@@ -132,3 +135,21 @@ def cifar10_ect_hour(method: str = "ect", *, teacher: str | None = None, data: s
     return published(
         "cifar10-ect-hour", method, {"ect": replace(_ECT, objective=loss, steps=8_000, ema_decays=(0.9993,))}, teacher=teacher, data=data
     )
+
+
+def cifar10_fastgen(method: str = "ect", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """CIFAR-10 as NVIDIA's FastGen runs it (v0.1.0: fastgen/configs/methods and configs/experiments/EDM), from EDM's published DDPM++.
+
+    ect: what FastGen calls CM: a pair closed by halves every 6,400 kimg until 1 - r / t = 0.001 n(t), which is also the first stage of tcm
+    (Lee et al. 2024, whose stages are twice as long). tcm: from that run, given as --init. sct, scd: in the c_noise of EDM's network
+    (sct: --init, scd: --teacher); their levels reach 800, and so do these, which have no upper end. Three averages, the first the model's.
+    """
+    fastgen = {"steps": 350_000, "batch": 512, "ema_decays": (0.9999, 0.99995, 0.9996), "ema_halflife_kimg": (), "flip": False}
+    continuous = {**fastgen, "c_noise": "ln sigma / 4", "two_step": 0.821}
+    runs = {
+        "ect": replace(_ECT, **fastgen, objective=replace(_ECT.objective, s1=28, ect_limit=1000.0)),
+        "scd": replace(_SCD, **{**continuous, "steps": 500_000}),
+        "sct": replace(_SCT, **continuous),
+        "tcm": replace(_TCM, ema_decays=fastgen["ema_decays"]),
+    }
+    return published("cifar10-fastgen", method, runs, teacher=teacher, data=data)

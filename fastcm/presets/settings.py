@@ -111,6 +111,7 @@ class PublishedRun:
     flip: bool = True
     precision: str = "fp32"
     two_step: float | None = None
+    c_noise: str | None = None  # of the model that it starts from, where that is not the method's own
 
     def config(self, preset: str, method: str, *, teacher: str | None, data: str | None) -> TrainConfig:
         halflives = tuple(ema_halflife_kimg(decay, self.batch) for decay in self.ema_decays)
@@ -124,6 +125,7 @@ class PublishedRun:
             ema_rampup=self.ema_rampup,
         )
         levels = noise(method, kind=self.network["kind"])
+        levels = levels if self.c_noise is None else replace(levels, c_noise=self.c_noise)
         return TrainConfig(
             preset=preset,
             method=method,

@@ -19,6 +19,7 @@ def form_of(method: str, base: str) -> str:
 
 # The fields of ObjectiveConfig that each method reads. A change of any other would be ignored, and is refused.
 _PAIR_FIELDS = ("distance", "huber_c", "loss_weight", "pairs", "P_mean", "P_std", "curriculum", "s0", "s1", "mu_schedule", "mu0")
+_ECT_FIELDS = ("ect_q", "ect_k", "ect_b", "ect_limit")
 _TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_step", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
 _GUIDANCE_FIELDS = ("guidance", "guidance_interval")
 FIELDS_OF = {
@@ -26,8 +27,8 @@ FIELDS_OF = {
     "cd": (*_PAIR_FIELDS, "solver", *_GUIDANCE_FIELDS),
     "ct": _PAIR_FIELDS,
     "ict": _PAIR_FIELDS,
-    "ect": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b"),
-    "tcm": (*_PAIR_FIELDS, "ect_q", "ect_k", "ect_b", "tcm_nu", "tcm_share", "tcm_weight"),
+    "ect": (*_PAIR_FIELDS, *_ECT_FIELDS),
+    "tcm": (*_PAIR_FIELDS, *_ECT_FIELDS, "tcm_nu", "tcm_share", "tcm_weight"),
     "scd": (*_TANGENT_FIELDS, *_GUIDANCE_FIELDS),
     "sct": _TANGENT_FIELDS,
     "meanflow": ("P_mean", "P_std", "tangent", "tangent_step", "flow_share", "weight_power", "weight_c", "omega", "kappa", "velocity"),

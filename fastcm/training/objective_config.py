@@ -23,7 +23,7 @@ class ObjectiveConfig:
     distance: l1, l2 (mean over the image), pseudo_huber with huber_c = 0.00054 sqrt(C H W) where None (iCT, section 3.3), lpips, or
       classifier: the features of a classifier trained on the run's own labelled pictures.
     pairs: how two levels are drawn: "uniform" over the grid (CM), "log-normal" over it (iCT, with P_mean and P_std), or "ect": log-normal
-      and without a grid, with ect_q, ect_k, ect_b of its map (`noise_schedule.ect_pair`).
+      and without a grid, with ect_q, ect_k, ect_b, ect_limit of its map (`noise_schedule.ect_lower`).
     tcm_nu, tcm_share, tcm_weight: tcm's levels (`noise_schedule.TruncatedStudentT`), of which a share is the transition itself, the
       boundary, and what the loss there weighs beside that of the others (`schedule.truncated_pair`).
     curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
@@ -50,6 +50,7 @@ class ObjectiveConfig:
     ect_q: float = 2.0
     ect_k: float = 8.0
     ect_b: float = 1.0
+    ect_limit: float | None = None
     tcm_nu: float = 0.01
     tcm_share: float = 0.25
     tcm_weight: float = 0.1
@@ -92,6 +93,8 @@ class ObjectiveConfig:
         check_number("objective.ect_q", self.ect_q, 1, open_low=True)
         check_number("objective.ect_k", self.ect_k, 0)
         check_number("objective.ect_b", self.ect_b, 0)
+        if self.ect_limit is not None:
+            check_number("objective.ect_limit", self.ect_limit, 1, open_low=True)
         check_number("objective.tcm_nu", self.tcm_nu, 0, open_low=True)
         check_number("objective.tcm_share", self.tcm_share, 0, MOST_AT_BOUNDARY)
         check_number("objective.tcm_weight", self.tcm_weight, 0)
@@ -114,3 +117,8 @@ class ObjectiveConfig:
     def draws_guidance(self) -> bool:
         """Whether each sample has a guidance weight of its own."""
         return isinstance(self.guidance, tuple)
+
+    @property
+    def ect_map(self) -> dict[str, float | None]:
+        """The constants of ECT's pairs, by the names of `noise_schedule.ect_lower`."""
+        return {"q": self.ect_q, "k": self.ect_k, "b": self.ect_b, "limit": self.ect_limit}

@@ -59,9 +59,7 @@ def sigma_pair(config: TrainConfig, u: Tensor, steps: Tensor | int) -> tuple[Ten
     if objective.pairs == "uniform":
         return noise_schedule.uniform_pair(u, steps, **grid)
     if objective.pairs == "ect":
-        return noise_schedule.ect_pair(
-            u, steps, P_mean=objective.P_mean, P_std=objective.P_std, q=objective.ect_q, k=objective.ect_k, b=objective.ect_b
-        )
+        return noise_schedule.ect_pair(u, steps, P_mean=objective.P_mean, P_std=objective.P_std, **objective.ect_map)
     return noise_schedule.log_normal_pair(u, steps, **grid, P_mean=objective.P_mean, P_std=objective.P_std)
 
 
@@ -77,7 +75,7 @@ def truncated_pair(
     at_boundary = u < share
     drawn = levels(((u.double() - share) / (1 - share)).clamp(min=0))
     sigma_hi = torch.where(at_boundary, config.noise.transition, drawn)
-    sigma_lo = noise_schedule.ect_lower(sigma_hi, steps, q=objective.ect_q, k=objective.ect_k, b=objective.ect_b)
+    sigma_lo = noise_schedule.ect_lower(sigma_hi, steps, **objective.ect_map)
     counts = torch.where(at_boundary, objective.tcm_weight / max(share, 1e-9), 1 / (1 - share))
     return sigma_hi, sigma_lo.float(), counts.float()
 

@@ -93,3 +93,14 @@ def test_ect_pairs_close_as_the_stage_grows(t, stage, ratio):
     hi, lo = noise_schedule.ect_pair(torch.tensor([0.3]), stage, **settings)
     assert hi.item() == pytest.approx(t, rel=1e-4) and hi.dtype == lo.dtype == torch.float32
     assert (lo / hi).item() == pytest.approx(ratio, abs=2e-5)
+
+
+def test_a_limit_ends_the_closing_of_ects_pairs():
+    """FastGen's and Lee's: min(1 - 1 / q^(stage + 1), ratio_limit) in the place of 1 - 1 / q^(stage + 1); stages are numbers or tensors."""
+    t = torch.tensor([0.5, 1.0, 40.0])
+    for stage in (3, 8, 9, 27):
+        ratio = min(1 - 1 / 2 ** (stage + 1), 0.999)
+        expected = t - t * (1 - ratio) * (1 + 8 / (1 + t.exp()))
+        for given in (stage, torch.tensor(stage, dtype=torch.float64)):
+            r = noise_schedule.ect_lower(t, given, q=2.0, k=8.0, b=1.0, limit=1000.0)
+            torch.testing.assert_close(r.float(), expected, rtol=1e-6, atol=0)

@@ -11,7 +11,7 @@ import torch
 
 from fastcm import networks, presets, runs
 from fastcm.errors import InputError
-from fastcm.training.methods import FIELDS_OF, METHODS, TAUGHT_METHODS
+from fastcm.training.methods import ECT_METHODS, FIELDS_OF, METHODS, TAUGHT_METHODS
 from fastcm.training.objective_config import ObjectiveConfig
 from fastcm.training.schedule import step_values
 
@@ -78,6 +78,9 @@ ECT = {
     "ect_b": 1.0,
 }
 ECT_LARGE = {**ECT, "huber_c": 0.06, "loss_weight": "karras", "P_mean": -0.8, "P_std": 1.6, "s1": 4, "ect_q": 4.0}
+# 1 - r / t = 0.001 n(t) throughout: 1,000 is the limit of the first stage's q^(stage + 1).
+TCM = {**ECT, "P_mean": 0.0, "P_std": 0.2, "s1": 1, "ect_q": 1000.0, "tcm_nu": 0.01, "tcm_share": 0.25, "tcm_weight": 0.1}
+THREE = (0.9999, 0.99995, 0.9996)
 EDM = {"P_mean": -1.2, "P_std": 1.2}
 MEAN_FLOW = {"P_mean": -2.0, "P_std": 2.0, "flow_share": 0.25, "weight_power": 0.75, "weight_c": 1e-3, "omega": 1.0, "velocity": "data"}
 ADAM_MEAN_FLOW = {"optimizer": ADAM, "warmup_kimg": 10_240}
@@ -113,6 +116,35 @@ PUBLISHED = {
     ("cifar10-code", "ct"): ("ncsn++", 800_000, 512, 4e-4, (0.9999,), ct(150, 0.9, "adaptive-code"), {}),
     ("cifar10-ict-deep", "ict"): ("ncsn++ .02 deep", 400_000, 1024, 1e-4, (0.99993,), ICT, {"dropout": 0.3}),
     ("cifar10-ect-hour", "ect"): ("ddpm++", 8_000, 128, 1e-4, (0.9993,), {**ECT, "ect_q": 256.0, "s1": 1}, {"dropout": 0.2, "flip": False}),
+    ("cifar10", "tcm"): ("ddpm++", 300_000, 1024, 5e-5, (0.9999,), TCM, {"dropout": 0.2, "flip": False}),
+    ("cifar10-fastgen", "ect"): (
+        "ddpm++",
+        350_000,
+        512,
+        1e-4,
+        THREE,
+        {**ECT, "s1": 28, "ect_limit": 1000.0},
+        {"dropout": 0.2, "flip": False},
+    ),
+    ("cifar10-fastgen", "scd"): (
+        "ddpm++",
+        500_000,
+        512,
+        1e-4,
+        THREE,
+        {**SCM, "P_std": 1.4, "tangent_warmup_kimg": 5_120},
+        {"betas": B2, "flip": False},
+    ),
+    ("cifar10-fastgen", "sct"): (
+        "ddpm++",
+        350_000,
+        512,
+        1e-4,
+        THREE,
+        {**SCM, "P_std": 1.4, "tangent_warmup_kimg": 5_120},
+        {"betas": B2, "dropout": 0.2, "flip": False},
+    ),
+    ("cifar10-fastgen", "tcm"): ("ddpm++", 300_000, 1024, 5e-5, THREE, TCM, {"dropout": 0.2, "flip": False}),
     ("imagenet64", "edm"): (
         "imagenet64",
         2_500e6 / 4096,
@@ -272,7 +304,9 @@ def test_form_and_conditioning(name, method):
         assert noise.c_noise == "sigma / (1 + sigma)" and config_of(name, method).network["second_time"] == "gap"
         return
     network = "ln sigma / 4" if name.startswith("cifar10") or name == "emoji32-large" else "250 ln sigma"
-    trigflow = method in ("scd", "sct") and (name, method) not in (("digits", "scd"), ("mnist", "scd"))  # whose teacher is their own
+    theirs = (("digits", "scd"), ("mnist", "scd"), ("cifar10-fastgen", "scd"), ("cifar10-fastgen", "sct"))  # that of their teacher
+    trigflow = method in ("scd", "sct") and (name, method) not in theirs
+    assert noise.transition == (1.0 if method == "tcm" else None)
     assert noise.c_noise == ("arctan(sigma / sigma_data)" if trigflow else network)
 
 
@@ -284,6 +318,8 @@ SCHEDULES = {
     ("cifar10", "ict"): [(0.0, 11, 0.0), (0.125, 21, 0.0), (0.49, 81, 0.0), (0.5, 161, 0.0), (0.875, 1281, 0.0), (1.0, 1281, 0.0)],
     ("cifar10", "ect"): [(0.0, 0, 0.0), (0.1249, 0, 0.0), (0.125, 1, 0.0), (0.9, 7, 0.0), (1.0, 7, 0.0)],
     ("cifar10-ect-hour", "ect"): [(0.0, 0, 0.0), (1.0, 0, 0.0)],
+    ("cifar10-fastgen", "ect"): [(0.0, 0, 0.0), (0.25, 7, 0.0), (0.3215, 9, 0.0), (1.0, 27, 0.0)],
+    ("cifar10-fastgen", "tcm"): [(0.0, 0, 0.0), (1.0, 0, 0.0)],
     ("imagenet64", "ect"): [(0.0, 0, 0.0), (0.25, 1, 0.0), (0.99, 3, 0.0)],
     ("imagenet64", "cd"): [(0.0, 40, 0.95), (1.0, 40, 0.95)],
     ("imagenet64", "ct"): [(0.0, 2, 0.95), (0.00125, 8, 0.98726), (0.125, 72, 0.99858), (0.5, 143, 0.99928), (1.0, 201, 0.99949)],
@@ -302,7 +338,8 @@ def test_schedules_against_tabulated_values(name, method):
 
 # The second level of two-step samples: published indices of the run's grid, or noise levels (sCM: half the tangent of 1.1).
 TWO_STEPS = {
-    "cifar10": {"cd": 0.585, "ict": 0.821, "ect": 0.821, "scd": 0.982, "sct": 0.982},
+    "cifar10": {"cd": 0.585, "ict": 0.821, "ect": 0.821, "scd": 0.982, "sct": 0.982, "tcm": 1.0},
+    "cifar10-fastgen": {"ect": 0.821, "scd": 0.821, "sct": 0.821, "tcm": 1.0},
     "cifar10-code": {"cd": 0.585},
     "cifar10-ict-deep": {"ict": 0.821},
     "cifar10-ect-hour": {"ect": 0.821},
@@ -364,8 +401,8 @@ def test_methods_without_settings_are_refused(name):
 def test_misspelt_names_get_a_suggestion():
     with pytest.raises(InputError, match=r"unknown preset in PRESET: imagnet64\..* Did you mean 'imagenet64'\?"):
         presets.preset("imagnet64", method=None)
-    with pytest.raises(InputError, match=r"unknown value in --method: itc\..* Did you mean 'ict'\?"):
-        presets.preset("cifar10", method="itc")
+    with pytest.raises(InputError, match=r"unknown value in --method: ikt\..* Did you mean 'ict'\?"):
+        presets.preset("cifar10", method="ikt")
 
 
 def test_data_sets_of_presets():
@@ -392,7 +429,8 @@ def documented_row(name, method):
         ends = f"{loss.s0}" if loss.s0 == loss.s1 else f"{loss.s0} to {loss.s1}"
         mu = {"zero": "0", "fixed": f"{loss.mu0:g}", "adaptive": f"adaptive {loss.mu0:g}", "adaptive-code": f"code's {loss.mu0:g}"}
         pairs = "" if loss.pairs == "uniform" else f", {levels}"
-        map_of_ect = f", q {loss.ect_q:g}" if method == "ect" else ""
+        limit = "" if loss.ect_limit is None else f" to {loss.ect_limit:g}"
+        map_of_ect = f", q {loss.ect_q:g}{limit}" if method in ECT_METHODS else ""
         objective = f"{loss.distance}, weight {loss.loss_weight}, {loss.curriculum} {ends}, mu {mu[loss.mu_schedule]}{pairs}{map_of_ect}"
     decays = ", ".join(f"{0.5 ** (config.batch / kimg / 1000):.6g}" for kimg in optimizer.ema_halflife_kimg)
     steps = round(config.duration_kimg * 1000 / config.batch)
