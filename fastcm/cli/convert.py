@@ -102,7 +102,7 @@ def _summary(denoiser, info: dict, destination: object, target: str) -> str:
     given, usual = denoiser.preconditioning, Preconditioning(form=denoiser.preconditioning.form)
     lost = [
         f"{name} {getattr(given, name)}"
-        for name in ("sigma_min", "sigma_max", "sigma_data", "rho")
+        for name in ("sigma_min", "sigma_max", "sigma_data", "rho", "transition")
         if getattr(given, name) != getattr(usual, name)
     ]
     return f"{line}\nnote: a .pt file does not hold {', '.join(lost)}; keep them beside it" if target == "openai" and lost else line

@@ -87,7 +87,8 @@ def _config(info: dict) -> dict[str, str]:
 
 
 def _preconditioning(values: dict) -> dict[str, str]:
-    levels = f"{values['sigma_min']:g} to {values['sigma_max']:g}, sigma_data {values['sigma_data']:g}, rho {values['rho']:g}"
+    low = values.get("transition") or values["sigma_min"]
+    levels = f"{low:g} to {values['sigma_max']:g}, sigma_data {values['sigma_data']:g}, rho {values['rho']:g}"
     return {"noise": f"{levels}, {values['form']} form, c_noise {values['c_noise']}"}
 
 

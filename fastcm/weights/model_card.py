@@ -13,14 +13,14 @@ def hub_heading(form: str) -> str:
 def model_card(config: dict[str, Any], *, weights: str = "model.safetensors") -> str:
     """Markdown for the content of a model folder's config.json. weights: the file that holds them."""
     noise, training = config["preconditioning"], config.get("training") or {}
-    is_teacher = noise["form"] == "edm"
+    low, is_teacher = noise.get("transition") or noise["sigma_min"], training.get("method", noise["form"]) == "edm"
     classes = config.get("classes")
     facts = {
         "kind": "diffusion model (a teacher for distillation)" if is_teacher else "consistency model (one network call per image)",
         "images": f"{config.get('resolution')}x{config.get('resolution')} pixels, {config.get('channels')} channels",
         "classes": f"{len(classes)}: {', '.join(map(str, classes[:10]))}{' ...' if len(classes) > 10 else ''}" if classes else "none",
         "network": str(config["network"].get("kind")),
-        "noise levels": f"sigma from {noise['sigma_min']:g} to {noise['sigma_max']:g}, sigma_data {noise['sigma_data']:g}",
+        "noise levels": f"sigma from {low:g} to {noise['sigma_max']:g}, sigma_data {noise['sigma_data']:g}",
         "method": training.get("method", NOT_STATED),
         "training data": training.get("data", NOT_STATED),
         "images seen": f"{training['nimg']:,}" if "nimg" in training else NOT_STATED,
