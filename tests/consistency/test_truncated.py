@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from analytic import gaussian_consistency
+from analytic import GainNetwork, consistency_gain, gaussian_consistency
 from test_noise_schedule import GRID, quantiles
 from test_objective import DATA_STD, Affine, gaussian_batch
 
@@ -110,3 +110,26 @@ def test_levels_below_the_transition_are_refused():
         noise_levels(None, (80.0, 0.8), TCM, {})
     with pytest.raises(InputError, match=r"noise\.transition: 80"):
         Preconditioning(transition=80.0)
+
+
+@pytest.mark.slow
+def test_a_tiny_second_stage_converges_to_the_exact_consistency_function():
+    """From an exact first stage below sigma 1, on levels from 1 up alone: the gain of f at 1, 5 and 80, which is off by 1 at first."""
+    torch.manual_seed(0)
+    student = Denoiser(GainNetwork(TCM), TCM)
+    first, config = gaussian_consistency("edm", data_std=DATA_STD, c_noise="ln sigma / 4"), config_of(ect_q=16.0)
+    levels = TruncatedStudentT(nu=1e4, P_mean=1.5, P_std=1.5, **RANGE)
+    optimizer, generator = torch.optim.RAdam(student.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
+    for k in range(800):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / 800)
+        hi, lo, counts = truncated_pair(config, levels, torch.rand(256, generator=generator), 0)
+        loss = consistency_loss(
+            student, student, gaussian_batch(256, nimg=k * 256), hi, lo, weight=counts, distance="l2", first_stage=first
+        )
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    sigma = torch.tensor([1.0, 5.0, 80.0])
+    gain = student(torch.ones(3, 1, 1, 1), sigma).flatten()
+    error = (gain - consistency_gain(sigma, DATA_STD, 0.002)).abs() * (sigma**2 + DATA_STD**2).sqrt() / DATA_STD
+    assert error.max().item() < 0.25, error
