@@ -161,7 +161,8 @@ def open_data(source: Source, changes: dict[str, Any], *, resolution: int | None
 
 def told_its_weight(config: TrainConfig) -> TrainConfig:
     """The settings with a network that is told its guidance weight where that is drawn from a range, of which the middle is its default."""
-    if not config.objective.draws_guidance or config.network.get("default_guidance") is not None:
+    can_be_told = "default_guidance" in network_fields(config.network)
+    if not config.objective.draws_guidance or not can_be_told or config.network.get("default_guidance") is not None:
         return config
     return replace(config, network={**config.network, "default_guidance": sum(config.objective.guidance) / 2})
 

@@ -110,7 +110,10 @@ def draw_samples(args: argparse.Namespace, opened: Measured) -> Measured:
     sampler = sampler_of(args, generator)
     asked = requests(args, generator, sampler)
     guidance = guidance_options(args)
-    asked = [(name, nfe, {**options, **guidance}) for name, nfe, options in asked]
+    halves = (
+        2 if sampler != "consistency" and args.guidance not in (None, 1) else 1
+    )  # of every guided call; beyond an interval one is spared
+    asked = [(name, halves * nfe, {**options, **guidance}) for name, nfe, options in asked]
     sets = [Samples(name, stream(generator, seeds, labels, name, options), labels, nfe) for name, nfe, options in asked]
     facts = describe(generator, opened.dataset, seeds, sampler, [options for _, _, options in asked])
     if args.guidance is not None:

@@ -49,7 +49,7 @@ def require_plain(config, form: str) -> None:
 
 def require_untold(config, form: str) -> None:
     """Raises InputError for a network that is told a guidance weight, which no other format has. form: the format's name."""
-    if config.default_guidance is not None:
+    if getattr(config, "default_guidance", None) is not None:
         remedy = "Export it at one weight with --onnx --guidance W, or use fastcm's own."
         raise InputError(f"no {form} form in network.default_guidance: {config.default_guidance}. {remedy}")
 

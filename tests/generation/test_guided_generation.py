@@ -15,6 +15,7 @@ from fastcm.errors import InputError
 from fastcm.generation.generator import Generator
 from fastcm.generation.guided import student_weight
 from fastcm.generation.sampler import TEACHER_SAMPLERS, SeedNoise, euler, teacher_grid
+from fastcm.weights.diffusers import write_diffusers
 from fastcm.weights.model_folder import load_model
 
 TEACHER = {"training": {"method": "edm", "label_drop": 0.1}}
@@ -124,6 +125,13 @@ def test_guidance_that_the_model_cannot_have(model, how, words):
     with pytest.raises(InputError) as caught:
         model()(range(2), **how)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["adm", "unet2d"])
+def test_other_formats_have_no_place_for_the_weight(form, tmp_path):
+    with pytest.raises(InputError, match=r"no diffusers form in network.default_guidance: 2.5. Export it at one weight"):
+        write_diffusers(tmp_path / "out", student(form).denoiser, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_peoples_models_are_guided_with_a_line(caplog):

@@ -44,7 +44,7 @@ def batches(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("method", ["edm", "ict"])
+@pytest.mark.parametrize("method", [pytest.param("edm", marks=pytest.mark.slow), "ict"])
 def test_labels_are_dropped_by_the_stream(tmp_path, batches, method):
     tiny_run(tmp_path / "run", method=method, label_drop=0.25, kimg=0.032)
     told = {"label_drop": json.loads((tmp_path / "run/model/config.json").read_text())["training"]["label_drop"]}
@@ -76,6 +76,7 @@ def test_a_student_of_a_range_is_told_its_weights(tmp_path, batches, teacher, mo
         model(range(2), guidance=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cd", "scd"])
 def test_a_weight_of_one_is_no_guidance_to_the_bit_and_has_no_second_half(tmp_path, teacher, monkeypatch, method):
     sizes, forward, losses = [], Denoiser.forward, {}
@@ -128,6 +129,7 @@ def test_no_recompilation_after_the_first_steps(tmp_path, monkeypatch, teacher, 
         assert tiny_run(tmp_path / "run", method=method, teacher=teacher, kimg=0.02, **options).nimg == 20
 
 
+@pytest.mark.slow
 def test_the_estimates_of_a_guided_run_count_what_guides(teacher):
     changes = {"batch": 4, "guidance": 2}
     plain, guided = (
