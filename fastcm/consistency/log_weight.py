@@ -1,4 +1,4 @@
-"""The learned log-weight w(sigma) of continuous-time training, which evens out the loss over noise levels."""
+"""The learned log-weight w(sigma) of edm and of continuous-time training, which evens out the loss over noise levels."""
 
 import torch
 from torch import Tensor, nn

@@ -74,13 +74,28 @@ def noised(student: Denoiser, batch: Batch, sigma: Tensor) -> tuple[Coefficients
     return c, noisy
 
 
-def edm_loss(student: Denoiser, batch: Batch, sigma: Tensor, *, factor: Tensor | float = 1.0) -> Tensor:
+def evened(loss: Tensor, sigma: Tensor, log_weight: nn.Module | None, factor: Tensor | float) -> Tensor:
+    """exp(w(sigma)) loss - w(sigma) times factor, with w trained along, of a `loss` [B] that has the factor already; itself for w = None.
+
+    With u = -w, loss / exp(u) + u (Karras et al. 2024, equation 21).
+    """
+    if log_weight is None:
+        return loss
+    w = log_weight(sigma)
+    return w.exp() * loss - w * factor
+
+
+def edm_loss(
+    student: Denoiser, batch: Batch, sigma: Tensor, *, log_weight: nn.Module | None = None, factor: Tensor | float = 1.0
+) -> Tensor:
     """Denoising score matching, [B] fp32: lambda ||D(x + sigma z, sigma) - x||^2 per pixel, lambda = 1 / c_out^2
-    (Karras et al. 2022, equation 8 and Table 1). factor: multiplies every loss, in fp32, before 16-bit networks round its gradient."""
+    (Karras et al. 2022, equation 8 and Table 1). log_weight: w(sigma) [B] of `evened`. factor: multiplies every loss, in fp32, before
+    16-bit networks round its gradient."""
     c, noisy = noised(student, batch, sigma)
     F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels)
     weight = c.c_out.square().reciprocal() * factor
-    return kernels.distance(noisy.x_hi, F_x, c.c_skip, c.c_out, noisy.x_lo, None, None, None, weight, kind="l2")
+    loss = kernels.distance(noisy.x_hi, F_x, c.c_skip, c.c_out, noisy.x_lo, None, None, None, weight, kind="l2")
+    return evened(loss, sigma, log_weight, factor)
 
 
 def consistency_loss(
@@ -152,7 +167,7 @@ def continuous_loss(
 
     sigma: [B] fp32. tangent: F- and its derivative (`network_tangent` of the student's network). warmup: r in [0, 1].
     teacher: D(x, sigma, labels), whose ODE gives dx/dt (distillation), or None: the image and its noise do (training from data alone).
-    log_weight: w(sigma) [B], trained along; None for w = 0. factor: as for `edm_loss`.
+    log_weight: w(sigma) [B] of `evened`; None for w = 0. factor: as for `edm_loss`.
     """
     preconditioning, sigma_data = student.preconditioning, student.preconditioning.sigma_data
     c, noisy = noised(student, batch, sigma)
@@ -180,7 +195,4 @@ def continuous_loss(
         goal = F_minus - g
     F_x = student.network(noisy.scaled_hi, c.c_noise, batch.labels, **batch.conditions)
     squared = kernels.distance(x, F_x, A, B, goal, None, None, None, torch.ones_like(sigma) * factor, kind="l2")  # of F in the EDM form
-    if log_weight is None:
-        return squared
-    w = log_weight(sigma)
-    return w.exp() * squared - w * factor
+    return evened(squared, sigma, log_weight, factor)

@@ -8,6 +8,7 @@ from fastcm import kernels
 from fastcm.consistency.denoiser import Coefficients, Denoiser, expand, working_dtype
 from fastcm.networks.blocks import GroupNorm, ScaleShift
 from fastcm.networks.inference import constant, share
+from fastcm.networks.magnitude import Modulation
 
 # The most that a table of classes may take, and the numbers in the labels of the classes that are embedded together.
 TABLE_BYTES, EMBEDDED_ELEMENTS = 256 << 20, 1 << 22
@@ -53,14 +54,19 @@ class RowNorm(nn.Module):
 
 
 class Pieces(nn.Module):
-    """What stands in the place of a layer that reads the embedding: hands its pieces of the class's row, if there are any, to the norm."""
+    """What stands in the place of a layer that reads the embedding: hands its pieces of the class's row, if there are any, to the norm.
 
-    def __init__(self, *places: int, added: bool = False):
+    added, multiplied: the one piece is a term or a factor of the norm's input.
+    """
+
+    def __init__(self, *places: int, added: bool = False, multiplied: bool = False):
         super().__init__()
-        self.places, self.added = places, added
+        self.places, self.added, self.multiplied = places, added, multiplied
 
     def forward(self, h: Tensor, row: tuple[Tensor, ...] | None, norm: nn.Module) -> Tensor:
         pieces = [row[place] for place in self.places]
+        if self.multiplied:
+            return norm(h * pieces[0])
         return norm(h + pieces[0]) if self.added else norm(h, *pieces)
 
 
@@ -112,8 +118,8 @@ def fold(network: nn.Module, c_noise: Tensor, *, classes: int | None, worker: nn
     """A copy of `worker` that works at c_noise [1] only and shares its weights, and the table that it takes in the place of labels.
 
     What the embedding does to a norm is merged with the norm's own weight and bias, or with the bias of the convolution before it: into
-    constants where there are no classes, else into rows of the table. worker: `network` itself or its twin of another dtype; all is
-    computed in the precision of `network` and cast once.
+    constants where there are no classes, else into rows of the table; factors of channels are rows in any case.
+    worker: `network` itself or its twin of another dtype; all is computed in the precision of `network` and cast once.
     """
     emb = network.embed(c_noise, None)
     if classes:
@@ -125,6 +131,10 @@ def fold(network: nn.Module, c_noise: Tensor, *, classes: int | None, worker: nn
         conv, layer, norm = (block.get_submodule(name) for name in block.EMBEDDED)
         own_conv, _, own_norm = (twin.get_submodule(name) for name in block.EMBEDDED)
         places = (len(pieces), len(pieces) + 1)
+        if isinstance(layer, Modulation):
+            pieces.append(layer.factors(emb))
+            twin.set_submodule(block.EMBEDDED[1], Pieces(places[0], multiplied=True))
+            continue
         rows = F.linear(emb, layer.weight, layer.bias)
         if isinstance(layer, ScaleShift):
             scale, shift = rows.chunk(2, dim=1)
@@ -144,7 +154,7 @@ def fold(network: nn.Module, c_noise: Tensor, *, classes: int | None, worker: nn
         twin.set_submodule(block.EMBEDDED[1], folded_layer)
     # The blocks take what `embed` returns: the row of their class.
     folded.embed = lambda c_noise, row=None: row
-    return folded, ClassTable([piece.to(dtype) for piece in pieces]) if classes else None
+    return folded, ClassTable([piece.to(dtype) for piece in pieces]) if pieces else None
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from fastcm.generation.request import (
     timestep_sigmas,
 )
 from fastcm.generation.sampler import CHURNED, TEACHER_STEPS, SeedNoise, multistep, teacher_grid, teacher_sampler
-from fastcm.networks.inference import for_inference, with_guidance
+from fastcm.networks.inference import for_inference, settled, with_guidance
 from fastcm.weights import hub
 from fastcm.weights.model_folder import save_model
 
@@ -97,7 +97,7 @@ class Generator(EditingTasks):
         self.batch_size = 1 << (fitting.bit_length() - 1)  # a power of two, so that no CUDA graph of a long job is padded
 
     def _working_copy(self) -> nn.Module:
-        network, dtype = self.denoiser.network, PRECISIONS[self.precision]
+        network, dtype = settled(self.denoiser.network), PRECISIONS[self.precision]
         if dtype != torch.float32:
             network = copy.deepcopy(network).to(dtype)
         # Convolutions work in this order on both devices; only what is copied to it and back is saved.

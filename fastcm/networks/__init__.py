@@ -9,11 +9,17 @@ import torch
 from torch import nn
 
 from fastcm.errors import InputError, nearest
+from fastcm.networks.edm2_unet import EDM2UNet, EDM2UNetConfig
 from fastcm.networks.song_unet import SongUNet, SongUNetConfig
 from fastcm.networks.unet import UNet, UNetConfig
 from fastcm.networks.unet2d import UNet2D, UNet2DConfig
 
-KINDS = {"adm": (UNetConfig, UNet), "song": (SongUNetConfig, SongUNet), "unet2d": (UNet2DConfig, UNet2D)}
+KINDS = {
+    "adm": (UNetConfig, UNet),
+    "song": (SongUNetConfig, SongUNet),
+    "edm2": (EDM2UNetConfig, EDM2UNet),
+    "unet2d": (UNet2DConfig, UNet2D),
+}
 
 
 def build(kind: str, options: dict) -> nn.Module:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcm.networks.blocks import Attention, GroupNorm, ResBlock, Upsample, upsample
+from fastcm.networks.magnitude import MPConv
 from fastcm.networks.song_unet import SongBlock
 
 
@@ -56,13 +57,26 @@ def _pairs(weight: Tensor, dim: int, *, parity: int) -> Tensor:
     return torch.stack([torch.stack([w0 + w1, w2], dim), torch.stack([w0, w1 + w2], dim)], parity)
 
 
+def settled(network: nn.Module) -> nn.Module:
+    """A copy with the effective weights of magnitude-preserving layers, which are then not normalised at every call; without such layers
+    the network itself."""
+    if not any(isinstance(module, MPConv) for module in network.modules()):
+        return network
+    network = share(network)
+    for module in network.modules():
+        if isinstance(module, MPConv):
+            module.make_plain()
+    return network
+
+
 @torch.no_grad()
 def for_inference(network: nn.Module) -> nn.Module:
-    """A copy of a network of this package that shares its weights, but for the few that it replaces; other networks come back as they are.
+    """A copy of a network of this package that shares its weights, but for those that it replaces; other networks come back as they are.
 
-    An attention's product takes in the affine map of the norm before it; a convolution after a doubling works before it.
+    An attention's product takes in the affine map of the norm before it; a convolution after a doubling works before it; weights that are
+    normalised in the forward pass are so already.
     """
-    network = share(network)
+    network = share(settled(network))
     for module in list(network.modules()):
         if isinstance(module, Attention) and isinstance(module.norm, GroupNorm):
             absorb(module.norm, module.qkv)

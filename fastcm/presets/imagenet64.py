@@ -79,6 +79,46 @@ _SCD = PublishedRun(
 )
 _SCT = replace(_SCD, network={**_ADM, "dropout": 0.45, "dropout_resolution": 16})
 
+_EDM2 = {
+    "kind": "edm2",
+    "resolution": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "channels": 192,
+    "channel_mult": (1, 2, 3, 4),
+    "blocks": 3,
+    "attention_resolutions": (16, 8),
+    "head_channels": 64,
+    "num_classes": 1000,
+}
+# Karras et al. 2024, Table 6, size S.
+_EDM2_EDM = PublishedRun(
+    network=_EDM2,
+    objective=replace(objective("edm"), P_mean=-0.8, P_std=1.6, adaptive_weight=True),
+    steps=(1024 << 20) / 2048,
+    batch=2048,
+    lr=0.01,
+    lr_warmup_kimg=10_000.0,
+    lr_decay_kimg=35_000 * 2048 / 1000,
+    optimizer="adamw",
+    betas=(0.9, 0.99),
+    ema_widths=(0.05, 0.1),
+    snapshot_every_kimg=(8 << 20) / 1000,
+    flip=False,
+    precision="fp16",
+)
+_EDM2_ECT = replace(_ECT, network={**_EDM2, "dropout": 0.4, "dropout_resolution": 16}, lr=1e-3, lr_decay_kimg=2_000 * 128 / 1000)
+_EDM2_SCD = replace(_SCD, network=_EDM2, lr_decay_kimg=35_000 * 2048 / 1000, ema_halflife_kimg=(), ema_widths=(0.05,))
+_EDM2_FASTGEN = replace(
+    _EDM2_ECT,
+    objective=replace(_ECT.objective, s1=48, ect_limit=256.0),
+    steps=150_000,
+    batch=1024,
+    lr_decay_kimg=2_000 * 1024 / 1000,
+    ema_decays=(),
+    ema_widths=(0.01, 0.05, 0.1),
+)
+
 
 def imagenet64(method: str = "ct", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
     """ImageNet-64 as the papers print it, on the ADM network of 296 M weights.
@@ -86,9 +126,8 @@ def imagenet64(method: str = "ct", *, teacher: str | None = None, data: str | No
     edm: Karras et al. 2022, Table 7; mirrored pictures, as Song et al. 2023, Appendix C, trained their teacher.
     cd, ct: Song et al. 2023, Table 3, with LPIPS.
     ect: Geng et al. 2024 and their code's run_imgnet_ecm.sh with its preset edm2-img64-s. scd, sct: Lu and Song 2024, Table 4, size S.
-      Those three ran on the magnitude-preserving networks of EDM2, which fastcm has not: this is their method on another network, no
-      published run. Their learning rates (1e-3 for ect, 1e-4 for scd and sct) fall with the square root of the step, and they average by
-      power functions; here the rate is a constant 1e-4 and the average a half-life. All start from a diffusion model (--init; scd:
+      Those three ran on EDM2's networks: imagenet64-edm2 has them so, and this is their method on another network, with a constant
+      learning rate and an average by half-life. All start from a diffusion model (--init; scd:
       --teacher) and share its c_noise, which for scd and sct is TrigFlow's t.
     """
     runs = {"edm": _EDM, "cd": _CD, "ct": _CT, "ect": _ECT, "scd": _SCD, "sct": _SCT}
@@ -113,3 +152,32 @@ def imagenet64_l2(method: str = "cd", *, teacher: str | None = None, data: str |
     """Distillation on ImageNet-64 by the squared distance (Song et al. 2023, section 6.1): the run of imagenet64 with l2 for LPIPS."""
     runs = {"cd": replace(_CD, objective=replace(_CD.objective, distance="l2"))}
     return published("imagenet64-l2", method, runs, teacher=teacher, data=data)
+
+
+def imagenet64_edm2(method: str = "edm", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """ImageNet-64 on EDM2's network of size S, 280 M weights. Other sizes: docs/presets.md.
+
+    edm: Karras et al. 2024, Table 6, and the preset edm2-img64-s of their code: the uncertainty-weighted loss, a snapshot of both averages
+      every 8 Mi images.
+    ect: Geng et al. 2024: run_imgnet_ecm.sh with the preset edm2-img64-s, from that model (--init).
+    scd, sct: Lu and Song 2024, Table 4, size S, from an EDM2 model (scd: --teacher, sct: --init); the rate falls from 35,000 steps on.
+      Theirs had TrigFlow's t, a positional embedding and pixel norms behind the embedding's factors, and trained its own teacher; here
+      c_noise and embedding are those of the published models, whose frequencies NVIDIA's FastGen found unstable in this training:
+      network.fourier_scale=0.02 narrows them for a teacher of one's own.
+    """
+    runs = {
+        "edm": _EDM2_EDM,
+        "ect": _EDM2_ECT,
+        "scd": _EDM2_SCD,
+        "sct": replace(_EDM2_SCD, network={**_EDM2, "dropout": 0.45, "dropout_resolution": 16}),
+    }
+    return published("imagenet64-edm2", method, runs, teacher=teacher, data=data)
+
+
+def imagenet64_edm2_fastgen(method: str = "ect", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """CM on EDM2-S as NVIDIA's FastGen v0.1.0 trains it (fastgen/configs/experiments/EDM2/config_cm_s.py), from edm2-img64-s (--init).
+
+    Its pairs close as ECT's, by q = 4 every 3,200 kimg, down to 1 / 256. Its clip of the gradient is not in that file, and there is none
+    here.
+    """
+    return published("imagenet64-edm2-fastgen", method, {"ect": _EDM2_FASTGEN}, teacher=teacher, data=data)

@@ -36,7 +36,7 @@ def objective(method: str) -> ObjectiveConfig:
         mu_schedule="zero",
     )
     return {
-        "edm": ObjectiveConfig(P_mean=-1.2, P_std=1.2),
+        "edm": ObjectiveConfig(P_mean=-1.2, P_std=1.2, adaptive_weight=False),
         "cd": ObjectiveConfig(curriculum="fixed", s0=18, s1=18, mu_schedule="fixed", mu0=0.0, solver="heun"),
         "ct": ObjectiveConfig(curriculum="progressive", s0=2, s1=150, mu_schedule="adaptive", mu0=0.9),
         "ict": ObjectiveConfig(
@@ -64,10 +64,11 @@ def noise(method: str, *, kind: str = "adm") -> Preconditioning:
     kind: the network's, which has its convention of c_noise, and methods share it, so that a student can start from its teacher's
     weights. scd and sct take TrigFlow's t (Lu and Song 2024, section 4.1): in 250 ln sigma the derivative that they need is mostly that
     of the embedding's fast sines. An scd teacher is then trained with the same noise.c_noise, or the student takes its teacher's and
-    objective.tangent finite-difference, as digits do. tcm's transition is that of its paper. meanflow takes flow matching's form and t.
+    objective.tangent finite-difference, as digits do. EDM2's published models have ln sigma / 4, which their students share.
+    tcm's transition is that of its paper. meanflow takes flow matching's form and t.
     """
-    c_noise = {"adm": "250 ln sigma", "song": "ln sigma / 4"}[kind]
-    if method in CONTINUOUS_METHODS:
+    c_noise = {"adm": "250 ln sigma", "song": "ln sigma / 4", "edm2": "ln sigma / 4"}[kind]
+    if method in CONTINUOUS_METHODS and kind != "edm2":
         c_noise = "arctan(sigma / sigma_data)"
     if method == "meanflow":
         return Preconditioning(form="flow", c_noise=FLOW_TIME)
@@ -93,7 +94,8 @@ class PublishedRun:
     """A run in its authors' units: steps of `batch` images, averages by their decay per step.
 
     ema_decays: the first is the model's. ema_halflife_kimg replaces them where a paper gives half-lives. two_step: the second noise level
-    of the published two-step samples. The other fields are TrainConfig's and OptimizerConfig's; no run decays its rate or its weights.
+    of the published two-step samples. lr_decay_kimg: where a rate begins to fall with the square root of the step; None: it does not.
+    The other fields are TrainConfig's and OptimizerConfig's; no run decays its weights.
     """
 
     network: dict[str, Any]
@@ -108,6 +110,9 @@ class PublishedRun:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     lr_warmup_kimg: float = 0.0
+    lr_decay_kimg: float | None = None
+    ema_widths: tuple[float, ...] = ()
+    snapshot_every_kimg: float | None = None
     flip: bool = True
     precision: str = "fp32"
     two_step: float | None = None
@@ -121,6 +126,10 @@ class PublishedRun:
             betas=self.betas,
             eps=self.eps,
             lr_warmup_kimg=self.lr_warmup_kimg,
+            lr_decay="none" if self.lr_decay_kimg is None else "inverse-sqrt",
+            lr_decay_kimg=self.lr_decay_kimg,
+            ema_widths=self.ema_widths,
+            snapshot_every_kimg=self.snapshot_every_kimg,
             ema_halflife_kimg=halflives or self.ema_halflife_kimg,
             ema_rampup=self.ema_rampup,
         )

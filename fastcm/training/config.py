@@ -23,7 +23,8 @@ OPTIMIZERS = ("radam", "adamw")
 class OptimizerConfig:
     """RAdam or AdamW over flat fp32 masters, and the averages of the weights.
 
-    lr: peak learning rate; lr_warmup_kimg: linear rise; lr_decay: "linear" to zero at the end of the run, or "none".
+    lr: peak learning rate; lr_warmup_kimg: linear rise; lr_decay: "linear" to zero at the end of the run, "inverse-sqrt" from lr_decay_kimg
+      on (Karras et al. 2024, equation 67), or "none".
     clip: the gradient's largest L2 norm, None for no limit. ema_halflife_kimg: evaluation averages, in thousands of images;
     ema_rampup: an average's half-life is at most this share of the images seen (Karras et al. 2022, code), None for no limit.
     ema_widths: averages by power functions beside them, each by its relative width (`power_average`). snapshot_every_kimg: how often those
@@ -38,6 +39,7 @@ class OptimizerConfig:
     clip: float | None = None
     lr_warmup_kimg: float = 0.0
     lr_decay: str = "none"
+    lr_decay_kimg: float | None = None
     ema_halflife_kimg: tuple[float, ...] = (500.0,)
     ema_rampup: float | None = 0.05
     ema_widths: tuple[float, ...] = ()
@@ -45,7 +47,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_choice("optimizer.kind", self.kind, OPTIMIZERS)
-        check_choice("optimizer.lr_decay", self.lr_decay, ("none", "linear"))
+        check_choice("optimizer.lr_decay", self.lr_decay, ("none", "linear", "inverse-sqrt"))
         check_number("--lr", self.lr, 0, open_low=True)
         if len(self.betas) != 2:
             raise InputError(f"illegal value in optimizer.betas: {list(self.betas)}. Give two numbers, as 0.9,0.999.")
@@ -54,6 +56,12 @@ class OptimizerConfig:
         check_number("optimizer.eps", self.eps, 0, open_low=True)
         check_number("optimizer.weight_decay", self.weight_decay, 0)
         check_number("optimizer.lr_warmup_kimg", self.lr_warmup_kimg, 0)
+        if (self.lr_decay == "inverse-sqrt") != (self.lr_decay_kimg is not None):
+            raise InputError(
+                f"a decay and its start go together in optimizer.lr_decay_kimg: {self.lr_decay_kimg}. inverse-sqrt alone has one."
+            )
+        if self.lr_decay_kimg is not None:
+            check_number("optimizer.lr_decay_kimg", self.lr_decay_kimg, 0, open_low=True)
         if self.clip is not None:
             check_number("optimizer.clip", self.clip, 0, open_low=True)
         if self.ema_rampup is not None:
@@ -161,9 +169,9 @@ class TrainConfig:
     def _check_mean_flow(self) -> None:
         """The network's second time, and the unconditional half of guidance inside training."""
         if self.network.get("second_time") is None:
-            able = self.network["kind"] != "unet2d"
+            able = self.network["kind"] in ("adm", "song")
             remedy = "Pass --set network.second_time=gap" if able else "Networks of kind adm and song have one"
-            raise InputError(f"no second time in network.{'second_time: None' if able else 'kind: unet2d'}. {remedy}.")
+            raise InputError(f"no second time in network.{'second_time: None' if able else 'kind: ' + self.network['kind']}. {remedy}.")
         if (self.objective.omega, self.objective.kappa) != (1, 0):
             given = f"in objective.omega, kappa: {self.objective.omega:g}, {self.objective.kappa:g}"
             if self.network.get("num_classes") is None:

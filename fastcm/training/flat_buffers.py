@@ -26,6 +26,11 @@ class FlatLayout:
         """The parameters' views of `buffer` [size], in the module's order."""
         return [self._view(buffer, offset, shape) for offset, shape in zip(self.offsets, self.shapes, strict=True)]
 
+    def rows_of(self, names: list[str]) -> list[tuple[int, int, int]]:
+        """(start, rows, length) of the named weights, a row for each output: in either order of a weight they lie together."""
+        places = {name: (offset, shape) for name, offset, shape in zip(self.names, self.offsets, self.shapes, strict=True)}
+        return [(offset, shape[0], shape[1:].numel()) for offset, shape in map(places.__getitem__, names)]
+
     def _view(self, buffer: Tensor, offset: int, shape: torch.Size) -> Tensor:
         flat = buffer[offset : offset + shape.numel()]
         if self.channels_last and len(shape) == 4:

@@ -16,7 +16,7 @@ from fastcm.consistency.objective import Batch, FeatureDistance, TeacherStep, co
 from fastcm.consistency.solver import Denoise, solver_step
 from fastcm.consistency.tangent import network_tangent
 from fastcm.training.config import TrainConfig
-from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS
+from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS, FIELDS_OF
 from fastcm.training.schedule import flow_pair, sigma_draw, sigma_pair, truncated_pair
 from fastcm.training.step_scalars import StepScalars
 
@@ -38,7 +38,7 @@ class MethodLoss:
 
     student: its network may be a compiled module; tangent_network: the same weights uncompiled, for the derivative of
     scd, sct and meanflow.
-    log_weight: the trained w(sigma) of continuous-time methods, to be optimised along; None elsewhere.
+    log_weight: the trained w(sigma) of edm and of continuous-time methods, to be optimised along; None elsewhere.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class MethodLoss:
             self.levels = TruncatedStudentT(nu=nu, P_mean=config.objective.P_mean, P_std=config.objective.P_std, low=low, high=high)
         if config.method in DIFFERENTIATED_METHODS:
             self.tangent = network_tangent(tangent_network, config.objective.tangent, step=config.objective.tangent_step, compiled=compiled)
-            if config.method in CONTINUOUS_METHODS and config.objective.adaptive_weight:
-                self.log_weight = LogWeight()
+        if "adaptive_weight" in FIELDS_OF[config.method] and config.objective.adaptive_weight:
+            self.log_weight = LogWeight()
 
     def __call__(self, batch: Batch, scalars: StepScalars, factor: Tensor) -> Tensor:
         objective = self.config.objective
@@ -76,7 +76,7 @@ class MethodLoss:
             low, high = objective.guidance
             batch = batch._replace(guidance=low + (high - low) * kernels.uniform(batch.seed, batch.position, stream=GUIDANCE_STREAM))
         if self.config.method == "edm":
-            return edm_loss(self.student, batch, sigma_draw(objective, u), factor=factor)
+            return edm_loss(self.student, batch, sigma_draw(objective, u), log_weight=self.log_weight, factor=factor)
         if self.config.method in CONTINUOUS_METHODS:
             return continuous_loss(
                 self.student,

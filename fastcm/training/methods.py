@@ -23,7 +23,7 @@ _ECT_FIELDS = ("ect_q", "ect_k", "ect_b", "ect_limit")
 _TANGENT_FIELDS = ("P_mean", "P_std", "tangent", "tangent_step", "tangent_c", "tangent_warmup_kimg", "adaptive_weight")
 _GUIDANCE_FIELDS = ("guidance", "guidance_interval")
 FIELDS_OF = {
-    "edm": ("P_mean", "P_std"),
+    "edm": ("P_mean", "P_std", "adaptive_weight"),
     "cd": (*_PAIR_FIELDS, "solver", *_GUIDANCE_FIELDS),
     "ct": _PAIR_FIELDS,
     "ict": _PAIR_FIELDS,

@@ -27,7 +27,7 @@ class ObjectiveConfig:
     tcm_nu, tcm_share, tcm_weight: tcm's levels (`noise_schedule.TruncatedStudentT`), of which a share is the transition itself, the
       boundary, and what the loss there weighs beside that of the others (`schedule.truncated_pair`).
     curriculum, s0, s1: N(k), or the number s1 of ECT's stages. mu_schedule, mu0: the target's decay. solver: the teacher's ODE step (cd).
-    tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight: of continuous-time methods
+    tangent, tangent_step (of a difference), tangent_c, tangent_warmup_kimg, adaptive_weight (of edm too): of continuous-time methods
       (`objective.continuous_loss`).
     flow_share: of MeanFlow's samples, those with r = t, which are flow matching's; weight_power, weight_c: p and c of its adaptive weight;
       omega, kappa: of guidance inside training; velocity: "data" or, as iMF, "network" (`mean_flow.mean_flow_loss`).

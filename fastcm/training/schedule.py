@@ -37,9 +37,11 @@ def step_values(config: TrainConfig, nimg: int) -> StepValues:
 
 
 def learning_rate(optimizer: OptimizerConfig, *, nimg: int, total_nimg: int) -> float:
-    """Linear rise over lr_warmup_kimg, then constant or linear to zero at the end of the run."""
+    """Linear rise over lr_warmup_kimg, then constant, linear to zero at the end of the run, or as 1 / sqrt(nimg) after lr_decay_kimg."""
     rise = 1.0 if optimizer.lr_warmup_kimg == 0 else min(nimg / (optimizer.lr_warmup_kimg * 1000), 1.0)
     fall = max(1 - nimg / total_nimg, 0.0) if optimizer.lr_decay == "linear" else 1.0
+    if optimizer.lr_decay == "inverse-sqrt":
+        fall = max(nimg / (optimizer.lr_decay_kimg * 1000), 1.0) ** -0.5
     return optimizer.lr * rise * fall
 
 

@@ -21,7 +21,7 @@ SMOOTH_C_NOISE = tuple(name for name in C_NOISE if name not in ("250 ln sigma", 
 # What a run decides itself on another model's network: its images and classes, and what is no part of the weights.
 OWN_FIELDS = ("resolution", "in_channels", "out_channels", "num_classes", "second_time", "dropout", "dropout_resolution", "checkpoint")
 ZERO_AT_FIRST = ("guidance_embed.", "second_embed.")  # layers that a model without them can start: new, they add nothing
-CLASS_TABLES = ("label_emb.", "map_label.", "class_embedding.")  # the layers whose shape follows the number of classes
+CLASS_TABLES = ("label_emb.", "map_label.", "emb_label.", "class_embedding.")  # the layers whose shape follows the number of classes
 
 
 def like(config: TrainConfig, model: Denoiser, *, teacher: Denoiser | None = None) -> TrainConfig:

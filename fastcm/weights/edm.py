@@ -1,4 +1,4 @@
-"""Network pickles of EDM and of Consistency Models Made Easy (ECT): SongUNet and DhariwalUNet inside any of their preconditionings."""
+"""Network pickles of EDM, EDM2 and of Consistency Models Made Easy (ECT): their U-Nets inside any of their preconditionings."""
 
 import math
 from pathlib import Path
@@ -13,12 +13,21 @@ from fastcm.consistency.denoiser import STEPS, Preconditioning
 from fastcm.errors import InputError
 from fastcm.networks.resample import fir_filter
 from fastcm.weights import safe_unpickle
+from fastcm.weights.edm2 import edm2_unet_of
 from fastcm.weights.foreign_file import refuse, refuse_keys, require_plain
 from fastcm.weights.model_folder import fill
 from fastcm.weights.safe_unpickle import Record
 
 EXPECTED = "an EDM network (.pkl)"
-FORMS = {"EDMPrecond": "edm", "ECMPrecond": "boundary", "VPPrecond": "epsilon", "VEPrecond": "ve", "iDDPMPrecond": "epsilon"}
+# "Precond" is EDM2's.
+FORMS = {
+    "EDMPrecond": "edm",
+    "Precond": "edm",
+    "ECMPrecond": "boundary",
+    "VPPrecond": "epsilon",
+    "VEPrecond": "ve",
+    "iDDPMPrecond": "epsilon",
+}
 COSINE = (0.001, 0.008)  # C_1 and C_2 of iDDPMPrecond, which are squaredcos_cap_v2's own
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's sampling range, where the file says 0 and infinity
 # SongUNet's and DhariwalUNet's options, with the defaults that apply where a file leaves them out: (our name, default).
@@ -54,8 +63,9 @@ IGNORED = ("img_resolution", "label_dropout", "use_fp16")
 def read_edm(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
     """Returns (network with fp32 weights on the CPU, preconditioning, info) of a pickle, none of whose code is run.
 
-    An EDMPrecond gives the edm form, an ECMPrecond the boundary form, VPPrecond, VEPrecond and iDDPMPrecond those of Karras et al. 2022,
-    Table 1; of an iDDPM's variance nothing is kept. Raises InputError naming file and reason.
+    An EDMPrecond and EDM2's Precond, whose log-variance is left out, give the edm form, an ECMPrecond the boundary form, VPPrecond,
+    VEPrecond and iDDPMPrecond those of Karras et al. 2022, Table 1; of an iDDPM's variance nothing is kept.
+    Raises InputError naming file and reason.
     """
     path = Path(path)
     content = safe_unpickle.load(path, expected=EXPECTED)
@@ -63,7 +73,7 @@ def read_edm(path: str | Path) -> tuple[nn.Module, Preconditioning, dict]:
     if not isinstance(record, Record):
         keys = ", ".join(map(str, list(content)[:3])) if isinstance(content, dict) else type(content).__name__
         refuse(path, expected=EXPECTED, reason=f"it holds {keys or 'nothing'} and no network under 'ema'")
-    model = record.children().get("model")
+    model = record.children().get("unet" if record.class_name == "Precond" else "model")
     if record.class_name not in FORMS or model is None:
         refuse(path, expected=EXPECTED, reason=f"a {record.class_name}; {' and '.join(FORMS)} are read")
     network = _network(model, record, path)
@@ -108,7 +118,7 @@ def _preconditioning(record: Record) -> Preconditioning:
 
 
 def _network(model: Record, record: Record, path: Path) -> nn.Module:
-    builders = {"SongUNet": _song, "DhariwalUNet": _adm}
+    builders = {"SongUNet": _song, "DhariwalUNet": _adm, "UNet": _edm2}
     if model.class_name not in builders:
         refuse(path, expected=EXPECTED, reason=f"a {model.class_name}; {' and '.join(builders)} are read")
     options = model.state.get("_init_kwargs")
@@ -189,6 +199,11 @@ def _adm(given: dict, resolution: Any, state: dict[str, Tensor]) -> tuple[nn.Mod
             ours[f"{names[layer]}.{kind}"] = qkv_parts_first(value) if layer.endswith(".qkv") else value
     with torch.device("meta"):
         return networks.UNet(config), ours
+
+
+def _edm2(given: dict, resolution: Any, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    network, state = edm2_unet_of(given, resolution, state)
+    return network, {name: qkv_parts_first(value) if ".attn_qkv." in name else value for name, value in state.items()}
 
 
 def qkv_parts_first(value: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from analytic import GainNetwork, consistency_gain, gaussian_consistency, gaussi
 
 from fastcm import kernels
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
+from fastcm.consistency.log_weight import LogWeight
 from fastcm.consistency.noise_schedule import karras_sigma, uniform_pair
-from fastcm.consistency.objective import Batch, consistency_loss, edm_loss, loss_weight
+from fastcm.consistency.objective import Batch, consistency_loss, edm_loss, evened, loss_weight
 from fastcm.consistency.solver import euler_step, heun_step
 from fastcm.errors import InputError
 
@@ -178,3 +179,21 @@ def test_value_and_gradient_of_tuning_and_training_in_float64(form, lo):
     for one, other in zip(got, torch.autograd.grad(expected.sum(), [a, b]), strict=True):
         assert abs(other) > 0.1
         assert one.item() == pytest.approx(other.item(), rel=1e-3)
+
+
+def test_the_evened_loss_is_edm2s_and_trains_to_weigh_levels_alike():
+    """Karras et al. 2024, equation 21: loss / exp(u) + u, least at u = ln(loss)."""
+    torch.manual_seed(0)
+    sigma, batch, teacher = torch.tensor([0.1, 5.0]).repeat(200), gaussian_batch(400), gaussian_teacher("edm", data_std=DATA_STD)
+    plain, log_weight = edm_loss(teacher, batch, sigma), LogWeight()
+    torch.testing.assert_close(edm_loss(teacher, batch, sigma, log_weight=log_weight), plain)
+    optimizer = torch.optim.Adam(log_weight.parameters(), lr=0.03)
+    for _ in range(200):
+        optimizer.zero_grad()
+        evened(plain, sigma, log_weight, 1.0).mean().backward()
+        optimizer.step()
+    u = -log_weight(sigma).detach()
+    torch.testing.assert_close(evened(0.5 * plain, sigma, log_weight, 0.5), 0.5 * (plain / u.exp() + u))
+    least = [plain[level::2].mean().log() for level in (0, 1)]
+    torch.testing.assert_close(u[:2], torch.stack(least), rtol=0, atol=0.05)
+    assert (least[0] - least[1]).abs() > 0.3

@@ -51,7 +51,10 @@ def test_published_constants(name, method):
     optimizer = config.optimizer
     assert (optimizer.kind, optimizer.lr, optimizer.betas, optimizer.eps) == (rest["optimizer"], lr, rest["betas"], rest["eps"])
     assert (optimizer.lr_warmup_kimg, optimizer.ema_rampup) == (rest["warmup_kimg"], rest["rampup"])
-    assert (optimizer.weight_decay, optimizer.clip, optimizer.lr_decay) == (0.0, None, "none")
+    assert (optimizer.weight_decay, optimizer.clip) == (0.0, None)
+    decay = None if rest["decay_steps"] is None else rest["decay_steps"] * batch / 1000
+    assert (optimizer.lr_decay, optimizer.lr_decay_kimg) == ("none" if decay is None else "inverse-sqrt", decay)
+    assert optimizer.ema_widths == rest["widths"]
     assert (config.flip, config.precision) == (rest["flip"], rest["precision"])
     network = network_of(name, method).config
     assert network.dropout == rest["dropout"] and getattr(network, "dropout_resolution", None) == rest["dropout_resolution"]
@@ -91,9 +94,9 @@ def test_form_and_conditioning(name, method):
     if method == "meanflow":
         assert noise.c_noise == "sigma / (1 + sigma)" and config_of(name, method).network["second_time"] == "gap"
         return
-    network = "ln sigma / 4" if name.startswith("cifar10") or name == "emoji32-large" else "250 ln sigma"
+    network = "ln sigma / 4" if name.startswith(("cifar10", "imagenet64-edm2")) or name == "emoji32-large" else "250 ln sigma"
     theirs = (("digits", "scd"), ("mnist", "scd"), ("cifar10-fastgen", "scd"), ("cifar10-fastgen", "sct"))  # that of their teacher
-    trigflow = method in ("scd", "sct") and (name, method) not in theirs
+    trigflow = method in ("scd", "sct") and (name, method) not in theirs and "edm2" not in name
     assert noise.transition == (1.0 if method == "tcm" else None)
     assert noise.c_noise == ("arctan(sigma / sigma_data)" if trigflow else network)
 
@@ -132,6 +135,8 @@ TWO_STEPS = {
     "cifar10-ict-deep": {"ict": 0.821},
     "cifar10-ect-hour": {"ect": 0.821},
     "imagenet64": {"cd": 1.382, "ct": 1.913, "ect": 1.526, "scd": 0.982, "sct": 0.982},
+    "imagenet64-edm2": {"ect": 1.526, "scd": 0.982, "sct": 0.982},
+    "imagenet64-edm2-fastgen": {"ect": 1.526},
     "imagenet64-code": {"cd": 1.382, "ct": 1.913},
     "imagenet64-l2": {"cd": 1.382},
     "lsun256": {"cd": 4.366, "ct": 3.991},
@@ -153,6 +158,8 @@ def test_warm_ups_in_steps():
         for method in ("scd", "sct"):
             config = config_of(name, method)
             assert [step_values(config, k * batch).tangent_warmup for k in (0, 5_000, 10_000, 20_000)] == [0.0, 0.5, 1.0, 1.0]
+    falling = [step_values(config_of("imagenet64-edm2", "ect"), steps * 128).lr for steps in (0, 2_000, 8_000)]
+    assert falling == pytest.approx([1e-3, 1e-3, 5e-4])
     rates = [step_values(config_of("cifar10", "edm"), nimg).lr for nimg in (0, 5_000_000, 10_000_000, 200_000_000)]
     assert rates == [0.0, 5e-4, 1e-3, 1e-3]
 
@@ -209,7 +216,9 @@ def documented_row(name, method):
     config = config_of(name, method)
     loss, optimizer = config.objective, config.optimizer
     count = weights_of(network_of(name, method)) / 1e6
-    kind = {"adm": "ADM", "song": "NCSN++" if config.network.get("embedding") == "fourier" else "DDPM++"}[config.network["kind"]]
+    kind = {"adm": "ADM", "edm2": "EDM2", "song": "NCSN++" if config.network.get("embedding") == "fourier" else "DDPM++"}[
+        config.network["kind"]
+    ]
     levels = f"P {loss.P_mean:g}, {loss.P_std:g}"
     if "distance" not in FIELDS_OF[method]:
         objective = levels
@@ -220,7 +229,8 @@ def documented_row(name, method):
         limit = "" if loss.ect_limit is None else f" to {loss.ect_limit:g}"
         map_of_ect = f", q {loss.ect_q:g}{limit}" if method in ECT_METHODS else ""
         objective = f"{loss.distance}, weight {loss.loss_weight}, {loss.curriculum} {ends}, mu {mu[loss.mu_schedule]}{pairs}{map_of_ect}"
-    decays = ", ".join(f"{0.5 ** (config.batch / kimg / 1000):.6g}" for kimg in optimizer.ema_halflife_kimg)
+    decays = [f"{0.5 ** (config.batch / kimg / 1000):.6g}" for kimg in optimizer.ema_halflife_kimg]
+    decays += [f"width {width:g}" for width in optimizer.ema_widths]
     steps = round(config.duration_kimg * 1000 / config.batch)
     cells = [
         name,
@@ -230,7 +240,7 @@ def documented_row(name, method):
         f"{steps:,}",
         f"{config.batch}",
         f"{optimizer.kind} {optimizer.lr:g}",
-        decays,
+        ", ".join(decays),
         f"{config.network.get('dropout', 0.0):g}",
         "yes" if config.flip else "no",
         config.precision,

@@ -50,7 +50,7 @@ def module_tree(class_name: str, state: dict[str, torch.Tensor], **attributes) -
                 child = torch.nn.ModuleDict() if part in ("enc", "dec") else Persistent("UNetBlock", skip_scale=np.sqrt(0.5), num_heads=1)
                 module._modules[part] = child
             module = module._modules[part]
-        if leaf in ("resample_filter", "freqs"):
+        if leaf in ("resample_filter", "freqs", "phases"):
             module.register_buffer(leaf, value)
         else:
             module._parameters[leaf] = torch.nn.Parameter(value)
@@ -81,3 +81,13 @@ def edm_content(precond: str, model: str, state: dict[str, torch.Tensor], init_k
     pipe.register_buffer("Hz_geom", torch.ones(4))
     loss = Persistent("EDMLoss", P_mean=-1.2, P_std=1.2)
     return {"ema": outer, "loss_fn": loss, "augment_pipe": pipe, "dataset_kwargs": {"path": "cifar10.zip", "use_labels": True}}
+
+
+def edm2_content(state: dict[str, torch.Tensor], init_kwargs: dict, **attributes) -> dict:
+    """What EDM2 publishes: an EasyDict of the network under "ema", in fp16, and an encoder without weights."""
+    size = {"img_resolution": 8, "img_channels": 3, "label_dim": init_kwargs.get("label_dim", 0)}
+    outer = Persistent("Precond", **{"sigma_data": 0.5, "use_fp16": True, **size, **attributes})
+    outer._modules["unet"] = module_tree("UNet", state, _init_args=(), _init_kwargs={**size, **init_kwargs}, label_balance=0.5)
+    outer._modules["logvar_fourier"] = module_tree("MPFourier", {"freqs": torch.ones(8), "phases": torch.ones(8)})
+    outer._modules["logvar_linear"] = module_tree("MPConv", {"weight": torch.ones(1, 8)}, out_channels=1)
+    return EasyDict(ema=outer.half(), encoder=Persistent("StandardRGBEncoder"), dataset_kwargs=EasyDict(path="img64.zip", use_labels=True))
