@@ -8,6 +8,7 @@ from test_generator import randomised
 from test_inference import NETWORKS
 
 from fastcm import cli, networks
+from fastcm.consistency.betas import Betas
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError, RunError
 from fastcm.export import gpus, to_onnx, to_tensorrt
@@ -22,15 +23,18 @@ from fastcm.generation.tensorrt_bindings import RTX
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install 'fastcm[tensorrt]'")
 pytestmark = pytest.mark.slow
 BLACKWELL = ((12, 0),)
+UNET2D = {"resolution": 8, "in_channels": 1, "out_channels": 1, "widths": (8, 8), "blocks": 1, "norm_groups": 4}
+UNET2D |= {"down_blocks": ("DownBlock2D", "AttnDownBlock2D"), "up_blocks": ("AttnUpBlock2D", "UpBlock2D")}
+ARCHITECTURES = {**NETWORKS, "unet2d": ("unet2d", UNET2D)}
 
 
-def graph(name, folder, target="tensorrt"):
-    """(file, contract) of an architecture of test_inference.NETWORKS with random weights, converted and not compared."""
-    kind, options = NETWORKS[name]
-    denoiser = Denoiser(randomised(networks.build(kind, options)), Preconditioning())
+def graph(name, folder, target="tensorrt", noise=None, **asked):
+    """(file, contract) of an architecture of ARCHITECTURES with random weights, converted and not compared."""
+    kind, options = ARCHITECTURES[name]
+    denoiser = Denoiser(randomised(networks.build(kind, options)), Preconditioning(**(noise or {})))
     info = {"resolution": options["resolution"], "channels": options["in_channels"]}
     form = {"precision": "fp32", "batch": None, "uint8": False, "factor": None, "seeded": False}
-    whole, levels, contract = to_onnx.graph_of(denoiser, info, steps=1, sigmas=None, task="generate", **form)
+    whole, levels, contract = to_onnx.graph_of(denoiser, info, **{"steps": 1, "sigmas": None, "task": "generate", **asked}, **form)
     runtime, properties = TARGETS[target], metadata(denoiser, info, sigmas=levels, contract=contract)
     model = to_onnx.convert(build(whole, levels, contract), contract, target=runtime, opset=runtime.opset, properties=properties)
     to_onnx.write(model, folder / "x.onnx")
@@ -49,9 +53,17 @@ def assert_engine(made):
     assert len(made.engine) > 10_000 and made.layers > 30 and made.timings is None
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_architecture(name, tmp_path):
     path, contract = graph(name, tmp_path)
+    assert_engine(compile_graph(RTX, path, contract, Profile(1, 2, 4), capabilities=BLACKWELL))
+
+
+@pytest.mark.parametrize("c_noise", ["interpolated step", "nearest step"])
+def test_a_diffusion_models_denoiser(c_noise, tmp_path):
+    """Its noise embedding and the search of a step among the chain's are part of the graph."""
+    noise = {"form": "epsilon", "c_noise": c_noise, "betas": Betas(), "sigma_min": 0.01, "sigma_max": 157.0}
+    path, contract = graph("unet2d", tmp_path, noise=noise, steps=None, task="denoise")
     assert_engine(compile_graph(RTX, path, contract, Profile(1, 2, 4), capabilities=BLACKWELL))
 
 

@@ -19,6 +19,7 @@ FORMS = {
     "two steps": Contract(steps=2, channels=1, resolution=16, classes=10),
     "seeds": Contract(steps=1, channels=3, resolution=8, classes=4, seeded=True),
     "inpaint": Contract(steps=4, channels=3, resolution=8, classes=4, task="inpaint"),
+    "denoise": Contract(steps=0, channels=3, resolution=8, classes=4, task="denoise"),
 }
 
 
