@@ -69,6 +69,8 @@ CELLS = (
     Cell("tcm, from ect", 3, "--method tcm", "--init", first=ECT),
     Cell("scd", 4, "--method scd", "--teacher"),
     Cell("sct", 3, "--method sct"),
+    Cell("meanflow", 3, "--method meanflow"),
+    Cell("meanflow, from a diffusion model", 3, "--method meanflow", "--init"),
 )
 # What the papers find, as (better, worse) by the Frechet distance of one step.
 ORDERINGS = (

@@ -76,10 +76,12 @@ def own_objective(method: str, *, P_std: float = 2.0, s1: int = 20) -> Objective
         # The pair as close as own runs of ect end.
         "tcm": {"ect_q": 256.0},
         "sct": {"tangent_warmup_kimg": 20.0},
+        # Wider levels: of two draws the lower has to come near 0, where a sample's trajectory ends, and the higher near where it starts.
+        "meanflow": {"P_mean": -1.0, "P_std": 2.6},
         # An ADM teacher's scd: a difference over 5 % of sigma in place of the derivative, which is mostly noise in 250 ln sigma.
         "scd": {"tangent": "finite-difference", "tangent_step": 0.05, "tangent_warmup_kimg": 4.0},
     }.get(method, {})
-    levels = {} if method in ("edm", "ct", "tcm") else {"P_mean": 0.6, "P_std": P_std}
+    levels = {} if method in ("edm", "ct", "tcm", "meanflow") else {"P_mean": 0.6, "P_std": P_std}
     return replace(objective(method), **levels, **changes)
 
 
