@@ -73,6 +73,9 @@ def chosen_guidance(model: Model, weight: float | None, interval, guide: Model |
     if guide is None:
         check_guidable(model.classes, model.info, "guidance")
     else:
+        if not hasattr(guide, "denoiser"):
+            raise InputError(f"an exported graph in guide: {type(guide).__name__}. Give the model that it was exported from.")
+        check_levels(guide.preconditioning, model.preconditioning, "guide")
         for name in ("resolution", "channels"):
             have, want = getattr(guide, name), getattr(model, name)
             if have != want:
@@ -99,6 +102,13 @@ def student_weight(network: nn.Module, info: dict, weight: float | None) -> floa
     if isinstance(trained, (list, tuple)) and not trained[0] <= weight <= trained[1]:
         raise InputError(f"weight out of range in guidance: {weight:g}. The model was trained from {trained[0]:g} to {trained[1]:g}.")
     return float(weight)
+
+
+def check_levels(guide: Preconditioning, ours: Preconditioning, where: str) -> None:
+    """Refuses a guide that was trained for fewer noise levels."""
+    if guide.sigma_min > ours.sigma_min or guide.sigma_max < ours.sigma_max:
+        have, want = (f"{p.sigma_min:g} to {p.sigma_max:g}" for p in (guide, ours))
+        raise InputError(f"fewer noise levels in {where}: {have} (needed are {want}). Choose a model of these levels.")
 
 
 def check_guidable(classes, info: dict, where: str) -> None:

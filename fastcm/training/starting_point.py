@@ -11,6 +11,7 @@ from fastcm.consistency.denoiser import C_NOISE, FLOW_TIME, STEPS, Denoiser
 from fastcm.data.dataset import Dataset
 from fastcm.errors import InputError
 from fastcm.generation.generator import class_names
+from fastcm.generation.guided import check_levels
 from fastcm.generation.request import is_diffusion
 from fastcm.training.config import TrainConfig
 from fastcm.training.methods import CONTINUOUS_METHODS, DIFFERENTIATED_METHODS, form_of
@@ -66,10 +67,7 @@ def check_images(info: dict[str, Any], dataset: Dataset, option: str, *, answers
 def check_guide(guide: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a guide of other images than the run's, of other classes where it has any, or of fewer noise levels."""
     check_images(info if class_names(guide, info) else {**info, "classes": dataset.class_names}, dataset, "--guide")
-    theirs, ours = guide.preconditioning, config.noise
-    if theirs.sigma_min > ours.sigma_min or theirs.sigma_max < ours.sigma_max:
-        have, want = (f"{p.sigma_min:g} to {p.sigma_max:g}" for p in (theirs, ours))
-        raise InputError(f"fewer noise levels in --guide: {have} (the run has {want}). Choose a model of the teacher's levels.")
+    check_levels(guide.preconditioning, config.noise, "--guide")
 
 
 def check_against(model: Denoiser, info: dict[str, Any], config: TrainConfig, dataset: Dataset, option: str) -> None:

@@ -119,6 +119,8 @@ def test_an_exported_student_draws_at_its_weight(tmp_path):
         (lambda: teacher({"training": {"method": "edm"}}), {"guidance": 2}, "the model always saw its labels"),
         (lambda: Generator(small_denoiser(None), TEACHER, device="cpu"), {"guidance": 2}, "the model has no classes"),
         (teacher, {"guidance": 2, "guide": Generator(small_denoiser(3), {}, device="cpu")}, "another number of classes in guide: 3"),
+        (teacher, {"guidance": 2, "guide": teacher(sigma_max=40)}, "fewer noise levels in guide: 0.002 to 40 (needed are 0.002 to 80)"),
+        (teacher, {"guidance": 2, "guide": object()}, "an exported graph in guide: object"),
     ],
 )
 def test_guidance_that_the_model_cannot_have(model, how, words):

@@ -187,6 +187,8 @@ def test_a_guide_must_fit(tmp_path, teacher):
         tiny_run(tmp_path / "run", method="cd", teacher=teacher, guidance=2, guide=str(tmp_path / "three"))
 
 
-def test_a_range_needs_a_network_that_is_told():
+@pytest.mark.parametrize("options", [{"network": torch.nn.Conv2d(1, 1, 1)}, {"kind": "edm2"}])
+def test_a_range_needs_a_network_that_is_told(options):
+    changes = {"guidance": (1, 2), "label_drop": 0.1} | ({"network.kind": options.pop("kind")} if "kind" in options else {})
     with pytest.raises(InputError, match="a range for a network that is not told its weight in --guidance"):
-        runs.plan("digits", method="cd", network=torch.nn.Conv2d(1, 1, 1), changes={"guidance": (1, 2), "label_drop": 0.1}, complete=False)
+        runs.plan("digits", method="cd", changes=changes, complete=False, **options)
