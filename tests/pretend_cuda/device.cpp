@@ -22,6 +22,12 @@
 #include <unordered_map>
 #include <unordered_set>
 
+extern "C" {
+int PyGILState_Check();
+void* PyEval_SaveThread();
+void PyEval_RestoreThread(void*);
+}
+
 namespace {
 
 using at::Tensor;
@@ -38,7 +44,18 @@ bool lies_here(const Tensor& t) { return t.defined() && t.device().type() == CUD
 
 // One lock for all that follows: what is pretended is small, and who holds it may call back into it.
 std::recursive_mutex everything;
-using Held = std::lock_guard<std::recursive_mutex>;
+
+// Who holds it may ask for Python's lock, which counts tensors: who has that one (as when it takes a slice) lets go of it while it waits.
+struct Held {
+  Held() {
+    if (everything.try_lock()) return;
+    void* python = PyGILState_Check() ? PyEval_SaveThread() : nullptr;
+    everything.lock();
+    if (python) PyEval_RestoreThread(python);
+  }
+  Held(const Held&) = delete;
+  ~Held() { everything.unlock(); }
+};
 
 // ---------------------------------------------------------------- memory
 
@@ -54,14 +71,14 @@ void free_block(void* context) {
   std::unique_ptr<Block> block(static_cast<Block*>(context));
   std::memset(block->data, POISON, block->bytes);
   std::free(block->data);
-  Held held(everything);
+  Held held;
   allocated_bytes -= block->bytes;
 }
 
 c10::DataPtr allocate_on(int device, size_t size) {
   if (size == 0) return {nullptr, Device(CUDA, device)};
   const auto bytes = static_cast<int64_t>(size);
-  Held held(everything);
+  Held held;
   TORCH_CHECK_WITH(
       OutOfMemoryError, allocated_bytes + bytes <= limit_bytes, "CUDA out of memory. Tried to allocate ", bytes, " bytes of ", limit_bytes,
       ", of which ", allocated_bytes, " are allocated.");
@@ -82,13 +99,13 @@ void page_locking();
 
 struct PinnedAllocator final : c10::Allocator {
   static void free_pinned(void* data) {
-    Held held(everything);
+    Held held;
     pinned.erase(reinterpret_cast<uintptr_t>(data));
     std::free(data);
   }
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, Device(c10::kCPU)};
-    Held held(everything);
+    Held held;
     page_locking();
     void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
     std::memset(data, POISON, bytes);
@@ -99,7 +116,7 @@ struct PinnedAllocator final : c10::Allocator {
 } pinned_allocator;
 
 bool is_pinned(const void* data) {
-  Held held(everything);
+  Held held;
   const auto place = reinterpret_cast<uintptr_t>(data);
   auto after = pinned.upper_bound(place);
   return after != pinned.begin() && place < std::prev(after)->first + std::prev(after)->second;
@@ -161,7 +178,7 @@ struct Pending {
 std::vector<Pending> pending;
 
 void wait(bool asked) {
-  Held held(everything);
+  Held held;
   ++waits;
   TORCH_CHECK(asked || !waits_forbidden, "called a synchronizing CUDA operation");
   auto due = std::move(pending);
@@ -179,14 +196,14 @@ void wait(bool asked) {
 }
 
 void wait_for_stream(int64_t stream) {
-  Held held(everything);
+  Held held;
   auto found = captures.find(stream);
   if (found != captures.end()) not_permitted(found->second, "synchronize");
   wait(true);
 }
 
 void wait_for_device() {
-  Held held(everything);
+  Held held;
   if (!captures.empty()) not_permitted(captures.begin()->second, "synchronize");
   wait(true);
 }
@@ -198,7 +215,7 @@ Graph& graph_of(int64_t id) {
 }
 
 void begin_capture(int64_t id, int64_t pool, int64_t stream) {
-  Held held(everything);
+  Held held;
   Graph& graph = graph_of(id);
   TORCH_CHECK(stream != 0, "CUDA graphs must be captured on a non-default stream.");
   TORCH_CHECK(captures.empty(), "CUDA error: operation not permitted when stream is capturing (a second capture)");
@@ -208,7 +225,7 @@ void begin_capture(int64_t id, int64_t pool, int64_t stream) {
 }
 
 void end_capture(int64_t id) {
-  Held held(everything);
+  Held held;
   Graph& graph = graph_of(id);
   TORCH_CHECK(captures.erase(graph.stream), "CUDA error: no capture to end");
   // A capture does nothing: memory is as it was before, and what was allocated holds nothing yet.
@@ -220,7 +237,7 @@ void end_capture(int64_t id) {
 }
 
 void replay(int64_t id) {
-  Held held(everything);
+  Held held;
   Graph& graph = graph_of(id);
   TORCH_CHECK(graph.ready, "Called CUDAGraph::replay without a preceding successful capture.");
   for (auto& [other_id, other] : graphs)  // what this graph freed, those captured after it in one pool may have got
@@ -299,7 +316,7 @@ Tensor tensor_in(c10::Storage storage, const Tensor& like, const Tensor& parent 
 }
 
 void belongs_to_capture(int device, const c10::Storage& storage) {
-  Held held(everything);
+  Held held;
   if (auto* graph = capturing(device)) {
     graph->memory.push_back(storage);
     graph->own.insert(storage.unsafeGetStorageImpl());
@@ -359,7 +376,7 @@ int device_of(const std::string& name, const std::string& plain, const std::vect
 }
 
 void fallback(const c10::OperatorHandle& op, Stack* stack) {
-  Held held(everything);
+  Held held;
   at::AutoDispatchBelowADInplaceOrView below;
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto& schema = op.schema();
@@ -516,7 +533,7 @@ Tensor efficient_zeros(
 }
 
 Tensor& copy_(Tensor& self, const Tensor& src, bool non_blocking) {
-  Held held(everything);
+  Held held;
   at::AutoDispatchBelowADInplaceOrView below;
   if (self.is_same(src) || self.numel() == 0) return self;
   const bool to = lies_here(self), from = lies_here(src), crosses = to != from;
@@ -553,7 +570,7 @@ Tensor& copy_(Tensor& self, const Tensor& src, bool non_blocking) {
 }
 
 at::Scalar local_scalar_dense(const Tensor& self) {
-  Held held(everything);
+  Held held;
   at::AutoDispatchBelowADInplaceOrView below;
   if (auto* graph = capturing(self.device().index())) not_permitted(graph, "a value that the host reads");
   wait(false);
@@ -590,7 +607,7 @@ void record_stream(Tensor&, c10::Stream) {}
 c10::Stream stream_on(int device, int64_t id) { return c10::Stream(c10::Stream::UNSAFE, Device(CUDA, device), id); }
 
 int64_t new_stream() {
-  Held held(everything);
+  Held held;
   return ++last_stream;
 }
 
@@ -658,7 +675,7 @@ struct Hooks final : at::CUDAHooksInterface {
 void (*run_launch)(int64_t) = nullptr;
 
 void record_launch(const std::string& name, int64_t number, const std::vector<Tensor>& used) {
-  Held held(everything);
+  Held held;
   Graph* graph = capturing(used.at(0).device().index());
   TORCH_CHECK(graph && run_launch, "pretended: no capture");
   Node node{name, [number] { run_launch(number); }, {}};
@@ -713,16 +730,16 @@ TORCH_LIBRARY(pretended, m) {
   m.def("forbid_waits", [](bool forbidden) { waits_forbidden = forbidden; });
   m.def("waits", []() -> int64_t { return waits; });
   m.def("is_capturing", []() -> bool {
-    Held held(everything);
+    Held held;
     return capturing(current_device) != nullptr;
   });
   m.def("new_graph", []() -> int64_t {
-    Held held(everything);
+    Held held;
     graphs[++last_graph] = std::make_unique<Graph>();
     return last_graph;
   });
   m.def("new_pool", []() -> int64_t {
-    Held held(everything);
+    Held held;
     return ++last_pool;
   });
   m.def("begin_capture", begin_capture);
@@ -730,14 +747,14 @@ TORCH_LIBRARY(pretended, m) {
   m.def("replay", replay);
   m.def("drop_graph", [](int64_t id) {
     std::unique_ptr<Graph> dropped;
-    Held held(everything);
+    Held held;
     if (auto found = graphs.find(id); found != graphs.end() && !captures.count(found->second->stream)) {
       dropped = std::move(found->second);
       graphs.erase(found);
     }
   });
   m.def("nodes", [](int64_t id) {
-    Held held(everything);
+    Held held;
     std::vector<std::string> names;
     for (auto& node : graph_of(id).nodes) names.push_back(node.name);
     return names;

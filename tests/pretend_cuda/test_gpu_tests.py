@@ -23,13 +23,14 @@ LONG = [f"tests/{room}" for room in ("training", "generation", "data", "networks
 def run(paths, seconds):
     """The counts of outcomes, by pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout", str(seconds), *paths]
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "TRITON_INTERPRET": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it is no worker of this run
+    environ = {**inherited, "PYTHONPATH": str(HERE), "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     return {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|skipped|failed)", done.stdout.splitlines()[-1])}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_on_pretended_devices():
     assert run(QUICK, 300)["passed"] >= 25
 

@@ -1,7 +1,9 @@
 """The pretended devices behave as CUDA does where fastcm relies on it; and what ran wrong before shows there when it is put back."""
 
+import faulthandler
 import gc
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -112,6 +114,19 @@ def test_copies_that_are_not_waited_for():
     source[0] = 7
     with pytest.raises(RuntimeError, match="pinned memory was changed"):
         torch.cuda.synchronize()
+
+
+def test_threads_do_not_wait_for_each_other_for_ever():
+    """A copy holds the devices' lock and asks for Python's; a slice has Python's and asks for the devices'."""
+    here, there = torch.zeros(4, device="cuda"), torch.ones(4)
+    works = (lambda: there.copy_(here), lambda: here[1:])
+    threads = [threading.Thread(target=lambda work=work: [work() for _ in range(20_000)]) for work in works]
+    faulthandler.dump_traceback_later(240, exit=True)  # no signal reaches a thread that waits for Python's lock
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_memory_runs_out(ops):
