@@ -57,6 +57,8 @@ CELLS = (
     Cell("cd, Euler", 3, "--method cd --set objective.solver=euler", "--teacher"),
     Cell("cd, Heun, l2", 4, f"--method cd {FEATURES}=l2", "--teacher"),
     Cell("cd, Heun, classifier distance", 4, f"--method cd {FEATURES}=classifier", "--teacher"),
+    # Two calls more: each of the teacher's is one with the class and one without.
+    Cell("cd, Heun, guided by 1.5", 6, "--method cd --guidance 1.5", "--teacher", teaching=" --label-drop 0.1"),
     Cell("ct, adaptive N and mu", 2, "--method ct --set objective.s1=40"),
     Cell(
         "ct, fixed N and mu",
@@ -80,6 +82,8 @@ ORDERINGS = (
     ("adaptive schedules beat fixed ones", "ct, adaptive N and mu", "ct, fixed N and mu"),
     ("iCT beats CT", "ict", "ct, adaptive N and mu"),
     ("tuning a diffusion model (ECT) beats training from nothing (iCT)", "ect", "ict"),
+    ("a guided teacher's student beats an unguided one's", "cd, Heun, guided by 1.5", "cd, Heun"),
+    ("average velocities (MeanFlow) beat iCT", "meanflow", "ict"),
     ("a second stage of half the calls (TCM) beats its first stage's method alone", "tcm, from ect", "ect"),
 )
 
