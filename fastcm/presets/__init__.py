@@ -10,7 +10,14 @@ from typing import Any
 
 from fastcm.errors import InputError, nearest
 from fastcm.presets.cifar10 import cifar10, cifar10_code, cifar10_ect_hour, cifar10_fastgen, cifar10_ict_deep
-from fastcm.presets.imagenet64 import imagenet64, imagenet64_code, imagenet64_edm2, imagenet64_edm2_fastgen, imagenet64_l2
+from fastcm.presets.imagenet64 import (
+    imagenet64,
+    imagenet64_code,
+    imagenet64_edm2,
+    imagenet64_edm2_fastgen,
+    imagenet64_edm2_xl_fastgen,
+    imagenet64_l2,
+)
 from fastcm.presets.lsun256 import lsun256, lsun256_code, lsun256_l2
 from fastcm.presets.own import digits, emoji32, emoji32_large, folder, mnist
 from fastcm.presets.settings import ema_halflife_kimg, noise, objective
@@ -38,6 +45,7 @@ PRESETS: dict[str, Callable[..., TrainConfig]] = {
     "imagenet64-l2": imagenet64_l2,
     "imagenet64-edm2": imagenet64_edm2,
     "imagenet64-edm2-fastgen": imagenet64_edm2_fastgen,
+    "imagenet64-edm2-xl-fastgen": imagenet64_edm2_xl_fastgen,
     "lsun256": lsun256,
     "lsun256-code": lsun256_code,
     "lsun256-l2": lsun256_l2,

@@ -118,6 +118,17 @@ _EDM2_FASTGEN = replace(
     ema_decays=(),
     ema_widths=(0.01, 0.05, 0.1),
 )
+# Lee et al. 2024 and the README of their code (NVlabs/TCM), whose --duration is an upper limit: FastGen's length.
+_EDM2_TCM = replace(
+    _EDM2_FASTGEN,
+    objective=replace(_ECT.objective, P_mean=0.0, P_std=0.2, ect_q=256.0, s1=1),
+    steps=400_000,
+    lr=5e-4,
+    lr_decay_kimg=8_000 * 1024 / 1000,
+    ema_widths=(0.05,),
+    precision="fp16",
+)
+_EDM2_XL = {**_EDM2_ECT.network, "channels": 384, "dropout": 0.5}
 
 
 def imagenet64(method: str = "ct", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
@@ -164,20 +175,32 @@ def imagenet64_edm2(method: str = "edm", *, teacher: str | None = None, data: st
       Theirs had TrigFlow's t, a positional embedding and pixel norms behind the embedding's factors, and trained its own teacher; here
       c_noise and embedding are those of the published models, whose frequencies NVIDIA's FastGen found unstable in this training:
       network.fourier_scale=0.02 narrows them for a teacher of one's own.
+    tcm: Lee et al. 2024, from their first stage, nearly the ect of imagenet64-edm2-fastgen, given as --init.
     """
     runs = {
         "edm": _EDM2_EDM,
         "ect": _EDM2_ECT,
         "scd": _EDM2_SCD,
         "sct": replace(_EDM2_SCD, network={**_EDM2, "dropout": 0.45, "dropout_resolution": 16}),
+        "tcm": _EDM2_TCM,
     }
     return published("imagenet64-edm2", method, runs, teacher=teacher, data=data)
 
 
 def imagenet64_edm2_fastgen(method: str = "ect", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
-    """CM on EDM2-S as NVIDIA's FastGen v0.1.0 trains it (fastgen/configs/experiments/EDM2/config_cm_s.py), from edm2-img64-s (--init).
+    """EDM2-S as NVIDIA's FastGen v0.1.0 trains it (fastgen/configs/experiments/EDM2/config_cm_s.py, config_tcm_s.py).
 
-    Its pairs close as ECT's, by q = 4 every 3,200 kimg, down to 1 / 256. Its clip of the gradient is not in that file, and there is none
-    here.
+    ect: its CM, from edm2-img64-s (--init). Its pairs close as ECT's, by q = 4 every 3,200 kimg, down to 1 / 256. Its clip of the gradient
+      is not in that file, and there is none here. tcm: from that run (--init).
     """
-    return published("imagenet64-edm2-fastgen", method, {"ect": _EDM2_FASTGEN}, teacher=teacher, data=data)
+    runs = {"ect": _EDM2_FASTGEN, "tcm": replace(_EDM2_TCM, ema_widths=_EDM2_FASTGEN.ema_widths)}
+    return published("imagenet64-edm2-fastgen", method, runs, teacher=teacher, data=data)
+
+
+def imagenet64_edm2_xl_fastgen(method: str = "tcm", *, teacher: str | None = None, data: str | None = None) -> TrainConfig:
+    """The same on EDM2-XL (config_cm_xl.py, config_tcm_xl.py): smaller rates, and dropout 0.5."""
+    runs = {
+        "ect": replace(_EDM2_FASTGEN, network=_EDM2_XL, lr=7e-4),
+        "tcm": replace(_EDM2_TCM, network=_EDM2_XL, lr=1e-4, ema_widths=_EDM2_FASTGEN.ema_widths),
+    }
+    return published("imagenet64-edm2-xl-fastgen", method, runs, teacher=teacher, data=data)

@@ -23,7 +23,7 @@ def mnist(method: str = "ict", *, teacher: str | None = None, data: str | None =
         network=own_network(method, patch_network(28, channels=1, classes=10, width=32)),
         noise=own_noise(method),
         objective=own_objective(method),
-        optimizer=own_optimizer(),
+        optimizer=own_optimizer(method),
         duration_kimg=100.0,
         batch=32,
         resolution=28,
@@ -55,7 +55,7 @@ def digits(method: str = "ict", *, teacher: str | None = None, data: str | None 
         network=own_network(method, network),
         noise=own_noise(method),
         objective=own_objective(method, P_std=1.8, s1=40),
-        optimizer=own_optimizer(lr=2e-3),
+        optimizer=own_optimizer(method, lr=2e-3),
         duration_kimg={"edm": 150.0, "cd": 128.0}.get(method, 176.0),
         batch=64,
         resolution=8,
@@ -73,8 +73,8 @@ def own_objective(method: str, *, P_std: float = 2.0, s1: int = 20) -> Objective
         "ict": {"s1": s1},
         # iCT's distance, weight and pairs, which need fewer steps than l2 here.
         "cd": {"distance": "pseudo_huber", "loss_weight": "1/gap", "pairs": "log-normal"},
-        # The pair as close as own runs of ect end.
-        "tcm": {"ect_q": 256.0},
+        # Pairs as wide as ect's second stage: closer ones carry the first stage's images upwards too slowly for runs of minutes.
+        "tcm": {"ect_q": 4.0, "tcm_nu": 1e4, "P_mean": 1.5, "P_std": 1.5},
         "sct": {"tangent_warmup_kimg": 20.0},
         # Wider levels: of two draws the lower has to come near 0, where a sample's trajectory ends, and the higher near where it starts.
         "meanflow": {"P_mean": -1.0, "P_std": 2.6},
@@ -90,8 +90,10 @@ def own_network(method: str, network: dict[str, Any]) -> dict[str, Any]:
     return {**network, "second_time": "gap"} if method == "meanflow" else network
 
 
-def own_optimizer(lr: float = 1e-3) -> OptimizerConfig:
-    """A learning rate and betas for thousands of steps rather than hundreds of thousands, and an average that widens with the run."""
+def own_optimizer(method: str, *, lr: float = 1e-3) -> OptimizerConfig:
+    """A learning rate and betas for thousands of steps rather than hundreds of thousands, and an average that widens with the run. tcm
+    takes half the rate, as published."""
+    lr = lr / 2 if method == "tcm" else lr
     return OptimizerConfig(kind="radam", lr=lr, betas=(0.9, 0.99), lr_decay="linear", ema_halflife_kimg=(30.0,), ema_rampup=0.1)
 
 
@@ -141,7 +143,7 @@ def emoji32(method: str = "ict", *, teacher: str | None = None, data: str | None
         network=patch_network(32, channels=3, classes=None, width=64),
         noise=noise(method),
         objective=own_objective(method),
-        optimizer=own_optimizer(),
+        optimizer=own_optimizer(method),
         duration_kimg=400.0,
         batch=32,
         resolution=32,
@@ -204,7 +206,7 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
         network=own_network(method, patch_network(resolution, channels=dataset.channels, classes=classes, width=width)),
         noise=own_noise(method),
         objective=own_objective(method),
-        optimizer=replace(own_optimizer(), ema_halflife_kimg=(500.0,)),
+        optimizer=replace(own_optimizer(method), ema_halflife_kimg=(500.0,)),
         duration_kimg=400.0 if resolution <= 64 else 1000.0,
         batch=32,
         resolution=resolution,

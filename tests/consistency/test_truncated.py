@@ -49,7 +49,7 @@ def config_of(**objective):
 
 def test_a_share_of_the_pairs_begins_at_the_transition():
     """The mean of counts times a loss is the mean over the others and tcm_weight times that over the boundary."""
-    config, u = config_of(tcm_share=0.25, tcm_weight=0.1), quantiles(4000).float()
+    config, u = config_of(tcm_share=0.25, tcm_weight=0.1, ect_q=256.0), quantiles(4000).float()
     levels = TruncatedStudentT(nu=0.01, P_mean=0.0, P_std=0.2, **RANGE)
     hi, lo, counts = truncated_pair(config, levels, u, 0)
     boundary = u < 0.25

@@ -72,6 +72,10 @@ MEAN_FLOW = {"P_mean": -2.0, "P_std": 2.0, "flow_share": 0.25, "weight_power": 0
 ADAM_MEAN_FLOW = {"optimizer": ADAM, "warmup_kimg": 10_240}
 SCM = {"tangent": "jvp", "tangent_c": 0.1, "adaptive_weight": True, "P_mean": -1.0}
 EDM2 = {"optimizer": ADAM, "betas": B2, "flip": False}
+ECT_FASTGEN = {**ECT_LARGE, "s1": 48, "ect_limit": 256.0}
+ECT_EDM2 = {**EDM2, "dropout_resolution": 16, "decay_steps": 2_000, "widths": (0.01, 0.05, 0.1)}
+TCM_LARGE = {**TCM, "huber_c": 0.06, "loss_weight": "karras", "ect_q": 256.0}  # 1 / (1 - 0.9961)
+TCM_EDM2 = {**ECT_EDM2, "decay_steps": 8_000, "precision": "fp16"}
 # (preset, method): network, steps, batch, learning rate, averages (decay per step below 1, half-life in kimg above), loss, the rest.
 PUBLISHED = {
     ("cifar10", "edm"): (
@@ -206,15 +210,11 @@ PUBLISHED = {
         {**SCM, "P_std": 1.6, "tangent_warmup_kimg": 20_480},
         {**EDM2, "eps": 1e-11, "precision": "fp16", "dropout": 0.45, "dropout_resolution": 16, "decay_steps": 35_000, "widths": (0.05,)},
     ),
-    ("imagenet64-edm2-fastgen", "ect"): (
-        "edm2-s",
-        150_000,
-        1024,
-        1e-3,
-        (),
-        {**ECT_LARGE, "s1": 48, "ect_limit": 256.0},
-        {**EDM2, "dropout": 0.4, "dropout_resolution": 16, "decay_steps": 2_000, "widths": (0.01, 0.05, 0.1)},
-    ),
+    ("imagenet64-edm2", "tcm"): ("edm2-s", 400_000, 1024, 5e-4, (), TCM_LARGE, {**TCM_EDM2, "dropout": 0.4, "widths": (0.05,)}),
+    ("imagenet64-edm2-fastgen", "ect"): ("edm2-s", 150_000, 1024, 1e-3, (), ECT_FASTGEN, {**ECT_EDM2, "dropout": 0.4}),
+    ("imagenet64-edm2-fastgen", "tcm"): ("edm2-s", 400_000, 1024, 5e-4, (), TCM_LARGE, {**TCM_EDM2, "dropout": 0.4}),
+    ("imagenet64-edm2-xl-fastgen", "ect"): ("edm2-xl", 150_000, 1024, 7e-4, (), ECT_FASTGEN, {**ECT_EDM2, "dropout": 0.5}),
+    ("imagenet64-edm2-xl-fastgen", "tcm"): ("edm2-xl", 400_000, 1024, 1e-4, (), TCM_LARGE, {**TCM_EDM2, "dropout": 0.5}),
     ("imagenet64-code", "edm"): ("imagenet64", 2_500e6 / 4096, 4096, 1e-4, (D, 0.9999, 0.999), EDM, {"dropout": 0.1, "precision": "fp16"}),
     ("imagenet64-code", "cd"): ("imagenet64", 600_000, 2048, 8e-6, (D, 0.9999, 0.999), CD_LARGE, {"precision": "fp16"}),
     ("imagenet64-code", "ct"): (
@@ -260,5 +260,6 @@ NETWORKS = {  # kind, resolution, classes, weights, options
     "ncsn++ .02 deep": ("song", 32, None, 97_610_499, {**NCSNPP, "fourier_scale": 0.02, "blocks": 8}),
     "imagenet64": ("adm", 64, 1000, 295_899_267, {"channels": 192, "head_channels": 64, "scale_shift_norm": True, "resblock_updown": True}),
     "edm2-s": ("edm2", 64, 1000, 280_209_253, {"channels": 192, "head_channels": 64, "attention_resolutions": (16, 8), "blocks": 3}),
+    "edm2-xl": ("edm2", 64, 1000, 1_119_276_709, {"channels": 384, "head_channels": 64, "attention_resolutions": (16, 8), "blocks": 3}),
     "lsun256": ("adm", 256, None, 526_304_771, {"channels": 256, "head_channels": 64, "scale_shift_norm": False, "resblock_updown": True}),
 }
