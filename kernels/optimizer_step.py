@@ -10,8 +10,14 @@ rho_inf = 2 / (1 - b2) - 1 and rho = rho_inf - 2 t b2^t / (1 - b2^t): for rho > 
 with r^2 = (rho - 4)(rho - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho); otherwise a = 0, b = 1, size = lr / (1 - b1^t). The threshold 5
 is torch.optim.RAdam's (the paper has 4). Buffers are fp32, scalars fp64. Bytes per parameter: 28 + 8 k, k counting the target and the
 averages, plus 2 for each 16-bit copy.
+
+Rows of magnitude-preserving layers can be set back after the update, p <- p / (eps + |p|) with |p| the root of the mean of the row's
+squares (Karras et al. 2024, 2312.02696, equation 66), before target, averages and copies follow. It is the same launch: a program takes
+whole rows, stores their new weights, and loads them once more when it knows their magnitude. Rows are at most some hundred KB and too
+large for registers; the second-level cache still has them, so memory has to move no more bytes than without.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +26,7 @@ from torch.autograd import forward_ad
 
 from fastcm.kernels import launch
 from fastcm.kernels.launch import tl, triton
+from fastcm.kernels.optimizer_update import step_scalars, update_blocks, update_rows
 
 # Elements of one slice on the CPU: bounds the scratch memory and keeps a slice's passes in the cache.
 SLICE = 1 << 20
@@ -29,6 +36,9 @@ BLOCK = 1024
 PROGRAMS_PER_PROCESSOR = 8
 # The update count leaves its upper bits to the count of finished programs while the kernel runs.
 TICKET = tl.constexpr(1 << 40)
+UNIT_EPS = 1e-4
+# Elements that belong to no row are cut into stretches of so many blocks.
+STRETCH = 16
 
 
 def optimizer_step(
@@ -51,13 +61,16 @@ def optimizer_step(
     decays: Tensor | None = None,
     low_precision: Tensor | None = None,
     target_low_precision: Tensor | None = None,
+    unit_rows: Sequence[tuple[int, int, int]] = (),
+    tiles: Tensor | None = None,
 ) -> None:
     """Apply one update in place to flat buffers, in one launch on CUDA.
 
     kind: "radam" or "adamw". param, exp_avg, exp_avg_sq, target, averages: fp32 [n], contiguous, one device; grad: fp32, bf16 or fp16
     [n]. step: int64 [1], updates applied so far, incremented here. lr, grad_norm, mu: fp32 [1]; decays: fp32 [k]. grad_norm is the L2
     norm of grad: clip (float or None) scales grad by min(1, clip / (grad_norm + 1e-6)), and a grad_norm that is not finite leaves every
-    buffer, step included, bit-equal. low_precision, target_low_precision: bf16 or fp16 [n] copies of the new param and target. Raises
+    buffer, step included, bit-equal. low_precision, target_low_precision: bf16 or fp16 [n] copies of the new param and target.
+    unit_rows: (start, rows, length) of weights whose rows are set back to unit magnitude; tiles: `row_tiles` of them on the device. Raises
     ValueError naming a bad argument.
     """
     buffers = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "target": target}
@@ -65,14 +78,32 @@ def optimizer_step(
     _check_buffers(param, grad, buffers, {"low_precision": low_precision, "target_low_precision": target_low_precision})
     _check_scalars(param, step, lr, grad_norm, mu if target is not None else None, decays if len(averages) else None, len(averages))
     _check_options(kind, betas, clip, target, mu, target_low_precision)
+    if len(unit_rows) and tiles is None:
+        raise ValueError("missing argument in optimizer_step(tiles): None. Give row_tiles(unit_rows, n, device).")
     scalars = {"step": step, "lr": lr, "grad_norm": grad_norm, "eps": float(eps), "weight_decay": float(weight_decay), "clip": clip}
     followers = {"target": target, "mu": mu, "decays": decays, "low_precision": low_precision, "target_low_precision": target_low_precision}
     arguments = (kind, param, grad, exp_avg, exp_avg_sq)
     if launch.chosen("optimizer_step", param) == "triton":
         with torch.no_grad():
-            _optimizer_step_op(*arguments, **scalars, beta1=betas[0], beta2=betas[1], averages=list(averages), **followers)
+            flat = [number for part in unit_rows for number in part]
+            moments = {"beta1": betas[0], "beta2": betas[1], "averages": list(averages)}
+            _optimizer_step_op(*arguments, **scalars, **moments, **followers, unit_rows=flat, tiles=tiles)
     else:
-        optimizer_step_reference(*arguments, **scalars, betas=betas, averages=averages, **followers)
+        optimizer_step_reference(*arguments, **scalars, betas=betas, averages=averages, **followers, unit_rows=unit_rows)
+
+
+def row_tiles(unit_rows: Sequence[tuple[int, int, int]], n: int, device: torch.device) -> Tensor:
+    """int64 [tiles, 3]: (start, length, 1) of each row, and (start, length, 0) of stretches between them, for buffers of n elements.
+
+    unit_rows: in ascending order, each beginning at a multiple of 16, before which elements of no weight are zero.
+    """
+    tiles, end = [], 0
+    for start, rows, length in (*unit_rows, (n, 0, 1)):
+        for first in range(end, start, STRETCH * BLOCK):
+            tiles.append((first, min(STRETCH * BLOCK, start - first), 0))
+        tiles += [(start + row * length, length, 1) for row in range(rows)]
+        end = -(-(start + rows * length) // 16) * 16
+    return torch.tensor(tiles, dtype=torch.int64, device=device).reshape(-1, 3)
 
 
 @torch.no_grad()
@@ -96,6 +127,7 @@ def optimizer_step_reference(
     decays=None,
     low_precision=None,
     target_low_precision=None,
+    unit_rows=(),
 ):
     """The definition, in torch, in place. On the CPU a gradient that is not finite returns at once; elsewhere the device decides."""
     accepted = torch.isfinite(grad_norm)
@@ -107,15 +139,15 @@ def optimizer_step_reference(
         accepted, width = None, SLICE
     followers = [(target, 1 - mu, target_low_precision)] if target is not None else []
     followers += [(average, 1 - decays[i : i + 1], None) for i, average in enumerate(averages)]
-    for start in range(0, n, width):
-        part = slice(start, start + width)
-        p = param[part]
-        _step_slice(p, grad[part], exp_avg[part], exp_avg_sq[part], accepted, coefficients, betas)
-        _store_low_precision(low_precision, part, p, accepted)
-        for follower, rate, copy in followers:
-            f = follower[part]
-            f.copy_(torch.where(accepted, torch.lerp(f, p, rate), f)) if accepted is not None else f.lerp_(p, rate)
-            _store_low_precision(copy, part, f, accepted)
+    parts = [slice(start, start + width) for start in range(0, n, width)]
+    for part in parts:
+        _step_slice(param[part], grad[part], exp_avg[part], exp_avg_sq[part], accepted, coefficients, betas)
+        if not unit_rows:  # while the slice is in the cache
+            _follow_slice(param[part], part, accepted, low_precision, followers)
+    if unit_rows:
+        _set_rows_back(param, unit_rows, accepted)
+        for part in parts:
+            _follow_slice(param[part], part, accepted, low_precision, followers)
     step.add_(1 if accepted is None else accepted)
 
 
@@ -158,94 +190,27 @@ def _step_slice(p, grad, exp_avg, exp_avg_sq, accepted, coefficients, betas):
         p.copy_(torch.where(accepted, scratch.mul_(negative_size).addcmul_(p, decay), p))
 
 
+def _set_rows_back(param, unit_rows, accepted):
+    """Each row over its magnitude; accepted: as in `_step_slice`."""
+    for start, rows, length in unit_rows:
+        p = param[start : start + rows * length].view(rows, length)
+        magnitude = torch.linalg.vector_norm(p, dim=1, keepdim=True) / math.sqrt(length)
+        inverse = (UNIT_EPS + magnitude).reciprocal()
+        p.mul_(inverse if accepted is None else torch.where(accepted, inverse, 1.0))
+
+
+def _follow_slice(p, part, accepted, low_precision, followers):
+    """What follows from one slice p of the new weights: its 16-bit copy, target and averages."""
+    _store_low_precision(low_precision, part, p, accepted)
+    for follower, rate, copy in followers:
+        f = follower[part]
+        f.copy_(torch.where(accepted, torch.lerp(f, p, rate), f)) if accepted is not None else f.lerp_(p, rate)
+        _store_low_precision(copy, part, f, accepted)
+
+
 def _store_low_precision(copy, part, values, accepted):
     if copy is not None:
         copy[part].copy_(values if accepted is None else torch.where(accepted, values.to(copy.dtype), copy[part]))
-
-
-@triton.jit
-def _power(base, exponent):
-    """fp64 base to an int64 exponent. libdevice's pow needs a stack, and 1 - b2^t in fp32 loses the digits that RAdam's rho needs."""
-    result = base * 0 + 1
-    while exponent > 0:
-        result = tl.where((exponent & 1) == 1, result * base, result)
-        base = base * base
-        exponent = exponent >> 1
-    return result
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x in fp64 by two Newton steps, which is shorter than the division."""
-    guess = (1.0 / x.to(tl.float32)).to(tl.float64)
-    guess = guess * (2.0 - x * guess)
-    return guess * (2.0 - x * guess)
-
-
-@triton.jit
-def _scalars(t, lr, eps, BETA1: tl.constexpr, BETA2: tl.constexpr, RADAM: tl.constexpr):
-    """a, b and size of the module docstring, fp32."""
-    power = _power(tl.full((), BETA2, tl.float64), t)
-    correction1, correction2 = 1.0 - _power(tl.full((), BETA1, tl.float64), t), 1.0 - power
-    size = lr * _reciprocal(correction1).to(tl.float32)
-    root = tl.sqrt(correction2.to(tl.float32))
-    if RADAM:
-        RHO_INF: tl.constexpr = 2 / (1 - BETA2) - 1
-        rho = RHO_INF - 2.0 * t.to(tl.float64) * power * _reciprocal(correction2)
-        above = (rho - 4.0).to(tl.float32) * (rho - 2.0).to(tl.float32) * RHO_INF
-        rectification = tl.sqrt(tl.maximum(above / ((RHO_INF - 4) * (RHO_INF - 2) * rho.to(tl.float32)), 0.0))
-        rectified = rho > 5.0
-        return tl.where(rectified, 1.0, 0.0), tl.where(rectified, eps, 1.0), tl.where(rectified, size * rectification * root, size)
-    return tl.full((), 1.0, tl.float32), eps * root, size * root
-
-
-@triton.jit
-def _follow(follower, copy, o, m, b_param, rate):
-    b_follower = tl.load(follower + o, m)
-    b_follower += (b_param - b_follower) * rate
-    tl.store(follower + o, b_follower, m)
-    if copy is not None:
-        tl.store(copy + o, b_follower.to(copy.dtype.element_ty), m)
-
-
-@triton.jit
-def _update_block(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    target,
-    averages,
-    decays,
-    low_precision,
-    target_low_precision,
-    o,
-    m,
-    factor,
-    decay,
-    a,
-    b,
-    size,
-    mu,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-):
-    b_param = tl.load(param + o, m)
-    b_grad = tl.load(grad + o, m).to(tl.float32) * factor
-    b_avg = tl.load(exp_avg + o, m)
-    b_sq = tl.load(exp_avg_sq + o, m)
-    b_avg += (b_grad - b_avg) * (1 - BETA1)
-    b_sq = b_sq * BETA2 + b_grad * b_grad * (1 - BETA2)
-    b_param = b_param * decay - size * b_avg / (tl.sqrt(b_sq) * a + b)
-    tl.store(exp_avg + o, b_avg, m)
-    tl.store(exp_avg_sq + o, b_sq, m)
-    tl.store(param + o, b_param, m)
-    if low_precision is not None:
-        tl.store(low_precision + o, b_param.to(low_precision.dtype.element_ty), m)
-    if target is not None:
-        _follow(target, target_low_precision, o, m, b_param, 1 - mu)
-    for k in tl.static_range(len(averages)):
-        _follow(averages[k], None, o, m, b_param, 1 - tl.load(decays + k))
 
 
 @triton.jit
@@ -263,7 +228,9 @@ def _optimizer_step_fwd_kernel(
     averages,
     low_precision,
     target_low_precision,
+    tiles,
     n,
+    tile_count,
     eps,
     weight_decay,
     clip,
@@ -272,6 +239,8 @@ def _optimizer_step_fwd_kernel(
     RADAM: tl.constexpr,
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    UNIT_EPS: tl.constexpr,
 ):
     i_program, programs = tl.program_id(0), tl.num_programs(0)
     t = (tl.load(step) & (TICKET - 1)) + 1
@@ -279,15 +248,12 @@ def _optimizer_step_fwd_kernel(
     accepted = tl.abs(norm) < float("inf")
     if accepted:
         rate = tl.load(lr)
-        a, b, size = _scalars(t, rate, eps, BETA1, BETA2, RADAM)
+        a, b, size = step_scalars(t, rate, eps, BETA1, BETA2, RADAM)
         decay = 1 - rate * weight_decay
         factor = tl.minimum(clip / (norm + 1e-6), 1.0) if CLIP else 1.0
         b_mu = tl.load(mu) if mu is not None else 0.0
-        o, width = tl.arange(0, BLOCK), tl.full((), BLOCK, tl.int64)
-        blocks = n // BLOCK
-        # Whole blocks go without a mask, whose bound may not divide by 16; what is left takes its own, masked, block.
-        for i in range(i_program, blocks, programs):
-            _update_block(
+        if tiles is not None:
+            update_rows(
                 param,
                 grad,
                 exp_avg,
@@ -297,8 +263,10 @@ def _optimizer_step_fwd_kernel(
                 decays,
                 low_precision,
                 target_low_precision,
-                o + i * width,
-                None,
+                tiles,
+                tile_count,
+                i_program,
+                programs,
                 factor,
                 decay,
                 a,
@@ -307,10 +275,12 @@ def _optimizer_step_fwd_kernel(
                 b_mu,
                 BETA1,
                 BETA2,
+                BLOCK,
+                ALIGNMENT,
+                UNIT_EPS,
             )
-        if blocks % programs == i_program:
-            o_last = o + blocks * width
-            _update_block(
+        else:
+            update_blocks(
                 param,
                 grad,
                 exp_avg,
@@ -320,8 +290,9 @@ def _optimizer_step_fwd_kernel(
                 decays,
                 low_precision,
                 target_low_precision,
-                o_last,
-                o_last < n,
+                n,
+                i_program,
+                programs,
                 factor,
                 decay,
                 a,
@@ -330,6 +301,7 @@ def _optimizer_step_fwd_kernel(
                 b_mu,
                 BETA1,
                 BETA2,
+                BLOCK,
             )
     # step counts finished programs above bit 40; the last one clears them and counts the update. The barrier comes before the ticket
     # because every thread has to have read step by then.
@@ -359,10 +331,12 @@ def _launch_fwd(
     decays,
     low_precision,
     target_low_precision,
+    unit_rows=(),
+    tiles=None,
 ):
     n = param.numel()
     processors = torch.cuda.get_device_properties(param.device).multi_processor_count if param.is_cuda else 1
-    programs = max(1, min(triton.cdiv(n, BLOCK), PROGRAMS_PER_PROCESSOR * processors))
+    programs = max(1, min(triton.cdiv(n, BLOCK) if tiles is None else len(tiles), PROGRAMS_PER_PROCESSOR * processors))
     with launch.device_guard(param):
         _optimizer_step_fwd_kernel[(programs,)](
             param,
@@ -378,7 +352,9 @@ def _launch_fwd(
             tuple(averages),
             low_precision,
             target_low_precision,
+            tiles,
             n,
+            0 if tiles is None else len(tiles),
             eps,
             weight_decay,
             0.0 if clip is None else clip,
@@ -387,6 +363,8 @@ def _launch_fwd(
             RADAM=kind == "radam",
             CLIP=clip is not None,
             BLOCK=BLOCK,
+            ALIGNMENT=math.gcd(16, *unit_rows[2::3]),
+            UNIT_EPS=UNIT_EPS,
             num_warps=4,
         )
 
@@ -415,6 +393,8 @@ def _optimizer_step_op(
     decays: Tensor | None,
     low_precision: Tensor | None,
     target_low_precision: Tensor | None,
+    unit_rows: list[int],
+    tiles: Tensor | None,
 ) -> None:
     optimizer_step_reference(
         kind,
@@ -435,6 +415,7 @@ def _optimizer_step_op(
         decays=decays,
         low_precision=low_precision,
         target_low_precision=target_low_precision,
+        unit_rows=list(zip(unit_rows[::3], unit_rows[1::3], unit_rows[2::3], strict=True)),
     )
 
 
@@ -462,6 +443,8 @@ def _(
     decays,
     low_precision,
     target_low_precision,
+    unit_rows,
+    tiles,
 ):
     return None
 

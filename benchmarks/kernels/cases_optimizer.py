@@ -17,8 +17,9 @@ NETWORKS = {"digits": (427_104, 129), "cifar10": (55_732_752, 416), "imagenet64"
 _DIGITS, _CIFAR, _IMAGENET, _LSUN = (elements for elements, _ in NETWORKS.values())
 
 
-def _step_case(kind: str, averages: int, low: torch.dtype | None = None, n: int = 1 << 20) -> AotCase:
-    """`averages` evaluation averages beside the target, and with `low` 16-bit gradients and copies of weights and target."""
+def _step_case(kind: str, averages: int, low: torch.dtype | None = None, n: int = 1 << 20, *, row: int | None = None) -> AotCase:
+    """`averages` evaluation averages beside the target, and with `low` 16-bit gradients and copies of weights and target. row: the length
+    of rows that are set back to unit magnitude."""
 
     def empty(size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device="meta")
@@ -44,11 +45,13 @@ def _step_case(kind: str, averages: int, low: torch.dtype | None = None, n: int 
             one,
             empty(averages),
             *copies,
+            *(() if row is None else ([0, n // row, row], empty((n // row, 3), torch.int64))),
         )
 
     copies = f", {str(low).removeprefix('torch.')} gradient and copies" if low else ""
+    copies += "" if row is None else ", rows set back"
     variant = f"{kind}, target, {averages} average{'s' * (averages != 1)}{copies}"
-    budget = _step_budget(1 + averages, low=low is not None, n=n)
+    budget = (_step_budget if row is None else _row_budget)(1 + averages, low=low is not None, n=n)
     return AotCase(op="optimizer_step", variant=variant, shape=(n,), launch=call, elements=n, budgets={"optimizer_step_fwd": budget})
 
 
@@ -63,6 +66,19 @@ def _step_budget(followers: int, *, low: bool, n: int) -> Budget:
         store_bits={128: stores},
         trips=n // _optimizer.BLOCK // _optimizer.PROGRAMS_PER_PROCESSOR,  # of a GPU of one processor
         counted={"param": 2, "exp_avg": 2, "exp_avg_sq": 2, "target": 2, "averages": 2},
+    )
+
+
+def _row_budget(followers: int, *, low: bool, n: int) -> Budget:
+    """Rows of one block, so that both loops of a row are counted once. What is loaded again is in the cache, and no part of the floor."""
+    return Budget(
+        instructions=42 + 8 * followers + (14 if low else 0),
+        registers=120 if low else 80,
+        bytes_per_element=28 + 8 * followers + (-2 + 4 if low else 0),
+        load_bits={128: 10 + 2 * followers - (1 if low else 0)},
+        store_bits={128: 8 + 2 * followers + (2 if low else 0)},
+        trips=n // _optimizer.BLOCK // _optimizer.PROGRAMS_PER_PROCESSOR,
+        counted={"param": 2, "exp_avg": 2, "exp_avg_sq": 2, "target": 2, "averages": 2, "tiles": 0},
     )
 
 
@@ -82,6 +98,8 @@ AOT_CASES = [
     _step_case("adamw", 1),
     _step_case("radam", 1, torch.bfloat16),
     *(_step_case("radam", 1, torch.bfloat16, n) for n in (_DIGITS, _CIFAR, _IMAGENET, _LSUN)),
+    _step_case("adamw", 1, row=1024),
+    _step_case("adamw", 1, torch.bfloat16, row=1024),
     _ema_case(1 << 20),
     _ema_case((1 << 20) + 4),
 ]

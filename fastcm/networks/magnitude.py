@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcm.kernels import launch
+from fastcm.kernels.optimizer_step import UNIT_EPS
 from fastcm.networks.blocks import attend
 
-EPS = 1e-4
 SILU_MAGNITUDE = 0.596  # of silu(x) for x from N(0, 1)
 
 
-def normalized(x: Tensor, *dims: int, eps: float = EPS) -> Tensor:
+def normalized(x: Tensor, *dims: int, eps: float = UNIT_EPS) -> Tensor:
     """x / (eps + magnitude over `dims`), in the dtype of x; the magnitude is taken in fp32."""
     if launch.is_exporting():  # in operators that every runtime has
         return x / (eps + x.float().square().mean(dims, keepdim=True).sqrt()).to(x.dtype)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import kernels
-from fastcm.networks.magnitude import normalized, unit_rows
+from fastcm.kernels.optimizer_step import row_tiles
+from fastcm.networks.magnitude import unit_rows
 from fastcm.training.config import OptimizerConfig
 from fastcm.training.flat_buffers import FlatLayout, attach, is_attached
 
@@ -36,7 +37,9 @@ class FlatOptimizer:
         self.gradient = torch.zeros(self.layout.size, dtype=dtype, device=master.device)
         self.total: Tensor | None = None
         self.views, self.gradient_views = self.layout.views(self.low_precision if low else master), self.layout.views(self.gradient)
-        self.unit_rows = self.layout.rows_of(unit_rows(student))  # (start, rows, length)
+        # Weights that magnitude-preserving layers have at unit magnitude, as (start, rows, length), and what their kernel takes.
+        self.unit_rows = self.layout.rows_of(unit_rows(student))
+        self.tiles = row_tiles(self.unit_rows, self.layout.size, device=master.device) if self.unit_rows else None
         self._gathers, self._is_empty = False, True
         attach(student, self.views, self.gradient_views)
         if target is not None:
@@ -122,21 +125,9 @@ class FlatOptimizer:
             decays=ema_decays,
             low_precision=self.low_precision,
             target_low_precision=self.target_low_precision,
+            unit_rows=self.unit_rows,
+            tiles=self.tiles,
         )
-        self._set_rows_back(torch.isfinite(grad_norm))
-
-    @torch.no_grad()
-    def _set_rows_back(self, accepted: Tensor) -> None:
-        """Forced weight normalisation (Karras et al. 2024, equation 66): each row of a magnitude-preserving layer to unit magnitude.
-
-        A pass of its own over the weights. A step that was left out changes nothing, accepted [1] being false.
-        """
-        for start, rows, length in self.unit_rows:
-            part = slice(start, start + rows * length)
-            weights = self.buffers["weights"][part].view(rows, length)
-            weights.copy_(torch.where(accepted, normalized(weights, 1), weights))
-            if self.low_precision is not None:
-                self.low_precision[part].copy_(self.buffers["weights"][part])
 
     def check_views(self) -> None:
         """Raises where a module's parameters are no longer views of the buffers, so that training would change nothing."""

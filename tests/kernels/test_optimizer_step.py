@@ -302,3 +302,64 @@ def test_compiles_without_a_graph_break(device):
     assert states[0]["step"].item() == 7
     for name, t in tensors(states[0]).items():
         assert torch.allclose(t, tensors(states[1])[name], atol=1e-6), name
+
+
+# Rows shorter than a block, of one block and of several; weights of no row before, between and after them, and padding of no weight.
+UNIT_ROWS, UNIT_SIZE, PADDING = [(32, 5, 36), (224, 3, 1024), (3296, 2, 2500)], 8400, ((212, 224), (8296, 8304))
+
+
+def elements(parts):
+    """bool [UNIT_SIZE]: true in each (start, end)."""
+    return torch.stack([(torch.arange(UNIT_SIZE) >= start) & (torch.arange(UNIT_SIZE) < end) for start, end in parts]).any(0)
+
+
+def with_rows(state):
+    return {**state, "unit_rows": UNIT_ROWS, "tiles": MODULE.row_tiles(UNIT_ROWS, UNIT_SIZE, state["param"].device)}
+
+
+def test_tiles_cover_every_weight_once():
+    covered = torch.zeros(UNIT_SIZE, dtype=torch.int64)
+    for start, length, _ in MODULE.row_tiles(UNIT_ROWS, UNIT_SIZE, "cpu").tolist():
+        covered[start : start + length] += 1
+    assert torch.equal(covered, 1 - elements(PADDING).long())
+    assert max(length for _, length, _ in MODULE.row_tiles([], 10**5, "cpu").tolist()) == MODULE.STRETCH * MODULE.BLOCK
+
+
+@pytest.mark.parametrize("low", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["radam", "adamw"])
+def test_rows_are_set_back_to_unit_magnitude_in_the_same_step(device, low, kind):
+    """Against the plain update and the paper's equation in float64, and what follows: copies, target, averages."""
+    state = buffers(UNIT_SIZE, device, followers=True, low=low)
+    plain = copied(state)
+    for run in (state, plain):
+        set_gradient(run, 3)
+        if low is not None:
+            run["grad"] = run["grad"].to(low)
+    update(kind, with_rows(state), clip=0.5)
+    update(kind, plain, clip=0.5)
+    weights, inside = plain["param"].double().cpu(), ~elements(PADDING)
+    for start, rows, length in UNIT_ROWS:
+        part = weights[start : start + rows * length].view(rows, length)
+        part /= 1e-4 + part.square().mean(1, keepdim=True).sqrt()
+    followers = [buffers(UNIT_SIZE)["param"].double().lerp(weights, 1 - decay) for decay in (0.9, *DECAYS)]
+    found = [state["param"], state["target"], *state["averages"]]
+    for got, want in zip(found, [weights, *followers], strict=True):
+        torch.testing.assert_close(got.cpu().double()[inside], want[inside], rtol=1e-5, atol=1e-6)
+    rows = elements([(start, start + rows * length) for start, rows, length in UNIT_ROWS])
+    change = (state["param"] - plain["param"]).abs().cpu()
+    assert change[rows].max() > 1e-3 and change[inside & ~rows].max() < 1e-6
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[name].cpu()[inside], plain[name].cpu()[inside], rtol=1e-6, atol=1e-9)
+    for copy, master in (("low_precision", "param"), ("target_low_precision", "target")):
+        if low is not None:
+            torch.testing.assert_close(state[copy].cpu().float()[inside], state[master].cpu()[inside], rtol=2**-9, atol=1e-6)
+
+
+def test_rows_of_a_step_that_is_left_out_are_bit_equal(device):
+    state = buffers(UNIT_SIZE, device, followers=True)
+    state["grad_norm"].fill_(float("inf"))
+    before = copied(state)
+    update("radam", with_rows(state))
+    assert_same_bits(before, state)
+    with pytest.raises(ValueError, match=r"optimizer_step\(tiles\): None"):
+        update("radam", {**state, "unit_rows": UNIT_ROWS})
