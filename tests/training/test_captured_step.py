@@ -24,6 +24,7 @@ METHODS = {
     "ct": CHANGING,
     "ict": {"objective.s0": 2, "objective.s1": 12, "duration_kimg": 0.32},
     "ect": {"duration_kimg": 0.32},
+    "tcm": {"objective.s1": 4, "duration_kimg": 0.32},
     "sct": {"objective.tangent_warmup_kimg": 0.16, "duration_kimg": 0.32},
     "meanflow": {"objective.velocity": "network", "duration_kimg": 0.32},
 }

@@ -1,5 +1,6 @@
 """A batch in pieces: equal gradients and losses, memory that runs out, the loss scale of fp16, activation checkpointing."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,8 +11,10 @@ from training_runs import SMALL, recorded_losses, run_out_of_memory, small_run, 
 
 import fastcm
 from fastcm import runs
+from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError, RunError
 from fastcm.training.loss_scale import FIRST_EXPONENT, RISE, LossScale
+from fastcm.training.method_loss import Guides
 from fastcm.training.run import build_network, target_of
 from fastcm.training.trainer import Trainer
 from fastcm.training.trainer_parts import DTYPES, build_trainer
@@ -27,6 +30,7 @@ def trainer(*, method="ict", precision="fp32", **changes):
         for parameter in network.parameters():
             if parameter.abs().sum() == 0:
                 parameter.normal_(0, 0.05, generator=generator)
+    first_stage = Denoiser(copy.deepcopy(network), config.config.noise) if method == "tcm" else None
     return build_trainer(
         config.config,
         network,
@@ -35,6 +39,7 @@ def trainer(*, method="ict", precision="fp32", **changes):
         device=torch.device("cpu"),
         precision=precision,
         compiled=False,
+        guides=Guides(first_stage=first_stage),
     )
 
 
@@ -45,7 +50,7 @@ def gradient_and_loss(made):
     return torch.cat([tensor.flatten() for tensor in named.values()]), float(made.loss)
 
 
-@pytest.mark.parametrize("method", ["ict", "edm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sct", "meanflow"))])
+@pytest.mark.parametrize("method", ["ict", "edm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sct", "meanflow", "tcm"))])
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(method):
     whole, loss = gradient_and_loss(trainer(method=method))
     assert whole.abs().max() > 1e-3
