@@ -1,5 +1,6 @@
 """What every test runs under: fixed seeds, no network, its own cache, threads that fit the cores, GPU tests only beside a GPU."""
 
+import gc
 import os
 import random
 import socket
@@ -52,6 +53,11 @@ def pytest_configure(config):
     socket.socket.connect = _guarded(socket.socket.connect)
     socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
     socket.getaddrinfo = _local_only(socket.getaddrinfo)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # torch and the tests themselves: half a million objects that no collection need look through again
 
 
 def pytest_collection_modifyitems(items):

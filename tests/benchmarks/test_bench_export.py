@@ -8,7 +8,7 @@ import pytest
 from fastcm.benchmarks.latency import exports as bench_export
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_row_says_what_the_export_took(tmp_path):
     out = tmp_path / "rows.json"
     assert bench_export.main(["--model", "digits", "--json", str(out)]) == 0

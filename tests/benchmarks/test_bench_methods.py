@@ -1,9 +1,11 @@
 """The comparison of methods: what a row holds, what the table says of it, and that a verdict follows from the rows."""
 
 import json
+import shlex
 
 import pytest
 
+from fastcm import cli
 from fastcm.benchmarks.quality import methods as bench_methods
 
 MACHINE = {"cores": 2, "processor": "P", "torch": "2", "date": "2026-01-01", "commit": "c", "gpu": None}
@@ -81,8 +83,15 @@ def test_a_second_stage_follows_its_first_within_one_budget(tmp_path, monkeypatc
     ]
 
 
+def test_a_command_that_fails_ends_the_benchmark(tmp_path):
+    bench_methods.call("fastcm --version")
+    with pytest.raises(SystemExit, match="quality.methods: fastcm info .* ended with 2: fastcm: error: "):
+        bench_methods.call(f"fastcm info {tmp_path / 'none'}")
+
+
 @pytest.mark.slow
 def test_a_cell_is_trained_measured_and_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_methods, "call", lambda command: cli.main(shlex.split(command)[1:]) and pytest.fail(command))
     file, runs = tmp_path / "m.json", tmp_path / "runs"
     arguments = ["--json", str(file), "--runs", str(runs), "--budget", "0.256", "--teacher-kimg", "0.064", "--seeds", "0", "--only", "ect"]
     assert bench_methods.main(arguments) == 0

@@ -203,7 +203,7 @@ def test_what_compiles_comes_last(bench):
     assert [(job.model.name, job.batch, session) for job, session in planned] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_competitors(tmp_path, monkeypatch):
     """Dynamo and autograd's graphs without the C++ compiler, which takes minutes; test_bench_train.py compiles one step for real."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

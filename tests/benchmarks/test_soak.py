@@ -7,7 +7,7 @@ from fastcm.benchmarks.reliability import soak
 from fastcm.errors import RunError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_rounds(tmp_path):
     rounds = soak.soak(tmp_path, seconds=0, on_round=lambda row: None)
     assert [row["round"] for row in rounds] == [0, 1]

@@ -83,7 +83,7 @@ def test_the_difference_approaches_the_jvp():
     assert (difference - jvp).square().mean().sqrt() < 0.02 * jvp.square().mean().sqrt()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_compiled_jvp_equals_the_eager_one():
     network = filled("adm", ADM)
     set_stream(network)

@@ -7,7 +7,7 @@ import pytest
 from fastcm import cli, runs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_searched_steps_beat_one_on_digits(tmp_path):
     out = tmp_path / "digits"
     changes = {"duration_kimg": 6.4, "device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}

@@ -90,7 +90,7 @@ def test_a_program_is_loaded_with_trust_alone(tmp_path, capsys):
 
 
 @gcc
-@pytest.mark.slow
+@pytest.mark.long
 def test_python_draws_the_same_images(exported):
     model, package = exported
     seeds = [0, -1, 2**63 - 1, 5, 6]

@@ -1,5 +1,7 @@
 """`--task denoise`: a diffusion model's D(x, sigma, labels) as a graph that other people's samplers loop over."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exported_models import TINY, tiny_denoiser
+from exported_models import TINY, once, tiny_denoiser
 from test_generator import randomised
 
 from fastcm import api, cli, networks
@@ -41,10 +43,14 @@ def unet2d(**noise) -> Denoiser:
     ("made", "options"),
     [
         (lambda: unet2d(form="epsilon", c_noise="interpolated step", **CHAIN), {}),
-        (lambda: unet2d(form="v", c_noise="nearest step", **CHAIN), {"target": "tensorrt"}),
-        (lambda: teacher(form="ve", c_noise="ln(sigma / 2)"), {"batch": 3}),
+        pytest.param(lambda: unet2d(form="v", c_noise="nearest step", **CHAIN), {"target": "tensorrt"}, marks=pytest.mark.long),
+        pytest.param(lambda: teacher(form="ve", c_noise="ln(sigma / 2)"), {"batch": 3}, marks=pytest.mark.long),
         (lambda: teacher(None, form="edm", c_noise="ln sigma / 4"), {"precision": "fp16"}),
-        (lambda: teacher(form="sample", c_noise="interpolated step", betas=Betas(schedule="continuous", start=0.1, end=20.0)), {}),
+        pytest.param(
+            lambda: teacher(form="sample", c_noise="interpolated step", betas=Betas(schedule="continuous", start=0.1, end=20.0)),
+            {},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["epsilon", "v, nearest", "ve", "edm, half", "sample, continuous"],
 )
@@ -71,13 +77,23 @@ def test_the_graph_is_the_denoiser_at_every_level(made, options, tmp_path):
     assert np.abs((run(feeds) - expected) / unit).max() < (5e-3 if options.get("precision") else 1e-4)
 
 
+@pytest.fixture(scope="module")
+def folder():
+    """Holds teacher.onnx, written by the command."""
+
+    def make(folder):
+        save_model(folder / "teacher", teacher(), {**TEACHER, "resolution": 8, "channels": 1})
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert cli.main(["export", str(folder / "teacher"), "--onnx", str(folder / "teacher.onnx"), "--task", "denoise"]) == 0
+        assert "fp32, sigmas an input)" in out.getvalue()
+        return folder
+
+    return once("denoise", make)
+
+
 @pytest.mark.slow
-def test_the_pages_loop_draws_what_heun_draws(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    denoiser = teacher()
-    save_model(Path("teacher"), denoiser, {**TEACHER, "resolution": 8, "channels": 1})
-    assert cli.main(["export", "teacher", "--onnx", "teacher.onnx", "--task", "denoise"]) == 0
-    assert "fp32, sigmas an input)" in capsys.readouterr().out
+def test_the_pages_loop_draws_what_heun_draws(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     assert cli.main(["info", "teacher.onnx"]) == 0
     assert "sigmas an input" in capsys.readouterr().out
 
@@ -85,7 +101,7 @@ def test_the_pages_loop_draws_what_heun_draws(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(program, names)
     noise, labels = names["noise"], names["labels"]
-    expected = Generator(denoiser, TEACHER, device="cpu")
+    expected = Generator(teacher(), TEACHER, device="cpu")
     from fastcm.generation.sampler import GivenNoise, heun
 
     with torch.no_grad():
@@ -113,8 +129,8 @@ def test_what_a_denoiser_cannot_be(options, words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_denoiser_is_no_generator(tmp_path):
-    path = export_onnx(teacher(), TEACHER, out=tmp_path / "d.onnx", task="denoise").path
+def test_a_denoiser_is_no_generator(folder):
+    path = folder / "teacher.onnx"
     generator = api.load(path)
     with pytest.raises(InputError, match="a denoiser in MODEL.*It needs a solver"):
         generator([0])
