@@ -128,6 +128,8 @@ def plan(
     kind = changes.pop("network.kind", config.network["kind"])
     if kind != config.network["kind"]:
         config = replace(config, network=of_kind(config.network, kind))
+        if kind == "edm2":  # whose random frequencies 250 ln sigma would turn into noise
+            config = replace(config, noise=replace(config.noise, c_noise=presets.noise(config.method, kind=kind).c_noise))
     config = override(config, {"data": label, **changes}, network_fields=network_fields(config.network), written=in_file)
     config = told_its_weight(config)
     if dataset is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fastcm.generation.onnx_generator import OnnxGenerator
 from fastcm.training.trainer import Trainer
 
 NETWORK = {"network.kind": "edm2", "network.channels": 8, "network.head_channels": 8, "network.attention_resolutions": (4,)}
-NETWORK |= {"network.channel_mult": (1, 2), "network.blocks": 1, "noise.c_noise": "ln sigma / 4"}
+NETWORK |= {"network.channel_mult": (1, 2), "network.blocks": 1}
 
 
 def edm2_run(out, **options):
@@ -37,6 +38,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, monkeypa
         edm2_run(tmp_path / "parts", **options)
     edm2_run(tmp_path / "parts", **options)
     whole = weights(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert settings["noise"]["c_noise"] == CASES[method].get("noise.c_noise", "ln sigma / 4")
     assert_same(weights(tmp_path / "parts"), whole)
     rows = whole["weights", "enc.8x8_block0.conv_res0.weight"].flatten(1)
     torch.testing.assert_close(rows.square().mean(1), torch.ones(len(rows)), rtol=1e-3, atol=0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from edm_pickle import SOURCE, edm2_content, write_pickle
 
-from fastcm import networks
+import fastcm
+from fastcm import networks, runs
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.errors import InputError
 from fastcm.weights.edm import read_edm
@@ -14,9 +15,9 @@ OPTIONS = {"resolution": 8, "channels": 16, "channel_mult": (1, 2), "blocks": 1,
 OPTIONS |= {"head_channels": 16}
 
 
-def network():
+def network(**options):
     torch.manual_seed(0)
-    made = networks.build("edm2", OPTIONS)
+    made = networks.build("edm2", {**OPTIONS, **options})
     for name, parameter in made.named_parameters():
         if name.endswith("gain"):
             torch.nn.init.constant_(parameter, 0.5)
@@ -68,3 +69,21 @@ def test_other_networks_are_refused(tmp_path, arguments, words):
     with pytest.raises(InputError, match=words) as error:
         read_edm(tmp_path / "edm2.pkl")
     assert str(tmp_path / "edm2.pkl") in str(error.value)
+
+
+@pytest.mark.slow
+def test_ect_is_tuned_from_a_pickle_with_its_network_and_noise(tmp_path):
+    digits = {"in_channels": 1, "out_channels": 1, "num_classes": 10}
+    arguments = {**KWARGS, "img_channels": 1, "label_dim": 10}
+    exact = network(**digits)
+    write_pickle(tmp_path / "edm2.pkl", edm2_content(published(exact.state_dict()), arguments))
+    changes = {"batch": 4, "duration_kimg": 0.004, "lr": 1e-9, "precision": "fp32", "device": "cpu", "compile": "off"}
+    ready = runs.plan("digits", method="ect", out=tmp_path / "run", changes={**changes, "init": str(tmp_path / "edm2.pkl")})
+    assert ready.config.network["kind"] == "edm2" and ready.config.noise == Preconditioning(form="edm", c_noise="ln sigma / 4")
+    runs.start(ready)
+    tuned = fastcm.load(tmp_path / "run").denoiser.network.state_dict()
+    for name, value in exact.state_dict().items():
+        if name.startswith("emb_fourier"):
+            continue  # whose frequencies the file rounds to fp16
+        rows = value if not name.endswith("weight") else value / value.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (value.ndim - 1))
+        torch.testing.assert_close(tuned[name], rows, rtol=1e-3, atol=1e-3)
