@@ -29,8 +29,17 @@ class Limits(NamedTuple):
         return done < least or (done < self.most and passed < self.seconds)
 
 
-def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_s: float = 0.0, warm: int = 0) -> dict[str, np.ndarray]:
+def rounds(
+    calls: dict[str, Callable[[int], object]],
+    limits: Limits,
+    *,
+    settle_s: float = 0.0,
+    warm: int = 0,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, np.ndarray]:
     """Milliseconds of call(round), fp64 [rounds] per name, on the host's clock; a call returns when its work is done.
+
+    clock: nanoseconds; `time.process_time_ns` counts the processor's work alone, which other programs of the machine hardly change.
 
     settle_s: idle time before each turn, in which the worker threads of the one before go to sleep. warm: calls of a turn before the one
     that counts, which find its own threads asleep and its caches cold.
@@ -45,9 +54,9 @@ def rounds(calls: dict[str, Callable[[int], object]], limits: Limits, *, settle_
                 time.sleep(settle_s)
                 for _ in range(warm):
                     calls[name](done)
-                start = time.perf_counter_ns()
+                start = clock()
                 calls[name](done)
-                times[name].append((time.perf_counter_ns() - start) / 1e6)
+                times[name].append((clock() - start) / 1e6)
             done += 1
     return {name: np.array(values) for name, values in times.items()}
 

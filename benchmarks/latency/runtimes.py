@@ -3,12 +3,14 @@
 `python -m fastcm.benchmarks.latency.runtimes --graphs DIR --json OUT` exports each target into DIR, opens it in every runtime that is
 installed, and compares two seeds' pictures with torch's, in units of [-1, 1]; `--times` leaves all that and times what OUT says draws the
 same pictures. Times are of one image, in turns of one run with ONNX Runtime on the graph of target ort: the median of the quotients says
-how many times faster than that a runtime is, since all calls of a network and number of threads meet the same moments of the machine.
-ONNX Runtime Web is timed in its browser, by itself.
+how many times faster than that a runtime is, since all calls of a network and number of threads meet the same moments of the machine. On
+one thread it is the processor's time that counts, which other work beside it hardly changes; two need a machine to themselves. ONNX Runtime
+Web is timed in its browser, by itself.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -144,7 +146,8 @@ def timed(rows: Sequence[Row], folder: Path, *, threads: int, seconds: float) ->
             raise InputError(f"no graph in --graphs: {path}. Run without --times first.")
         run, feeds = other_runtimes.opened(row["backend"], path, threads=threads), one_image(path)
         calls[row["target"], row["backend"]] = lambda _, run=run, feeds=feeds: run(feeds)
-    taken = rounds(calls, Limits(seconds, fewest=5, most=400), settle_s=SETTLE_S, warm=1)
+    clock = time.process_time_ns if threads == 1 else time.perf_counter_ns
+    taken = rounds(calls, Limits(seconds, fewest=5, most=400), settle_s=SETTLE_S, warm=1, clock=clock)
     for row in rows:
         own = taken.get((row["target"], row["backend"]))
         if own is None:

@@ -16,16 +16,18 @@ from fastcm.benchmarks.results_file import ResultsFile, Row
 DATA, TEACHER = "mnist", "runs/mnist-ddpm"
 IDENTITY = ("bench", "model", "sampling")
 METRICS = "fd,precision,recall"
-KIMG = 60
-SHARED = f"--data {DATA} --duration {KIMG}kimg --batch 64 --lr 3e-4 --set optimizer.lr_decay=linear --set optimizer.ema_halflife_kimg=[10]"
-LEVELS = "--set objective.P_mean=0.6 --set objective.P_std=2"  # in one step all of the image is made at the highest levels
+KIMG = 16
+SEEDS = "500000-500999"
+SHARED = f"--data {DATA} --duration {KIMG}kimg --batch 32 --lr 5e-4 --set optimizer.lr_decay=linear --set optimizer.ema_halflife_kimg=[10]"
+# In one step all of the image is made at the highest levels. The image is x - sigma F there: below the chain's 157 it asks less of F.
+LEVELS = "--set objective.P_mean=0.6 --set objective.P_std=2 --set noise.sigma_max=30"
 # Folder of the run, arguments of `fastcm train`, arguments of `fastcm evaluate`; the teacher's run is diffusers'.
 MODELS = {
     "DDPM by diffusers": (TEACHER, None, "--sampler ddim --steps 50"),
     "cd of it": (
         "runs/mnist-ddpm-cd",
         f"--method cd --teacher {TEACHER} {SHARED} {LEVELS} --set objective.pairs=log-normal "
-        "--set objective.distance=pseudo_huber --set objective.loss_weight=1/gap",
+        "--set objective.distance=pseudo_huber --set objective.loss_weight=1/gap --set objective.solver=euler",
         "--steps 1,2",
     ),
     "ect of it": ("runs/mnist-ddpm-ect", f"--method ect --init {TEACHER} {SHARED} {LEVELS} --set network.num_classes=none", "--steps 1,2"),
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(name: str) -> list[Row]:
     """Trains the model where it is fastcm's, and returns a row per number of network calls."""
     folder, training, sampling = MODELS[name]
-    evaluate = f"fastcm evaluate {folder} --data {DATA} --metrics {METRICS} {sampling}"
+    evaluate = f"fastcm evaluate {folder} --data {DATA} --metrics {METRICS} --seeds {SEEDS} {sampling}"
     commands = [f"python -m fastcm.benchmarks.quality.ddpm {folder}"] if training is None else [f"fastcm train {training} --out {folder}"]
     if training is not None:
         call(commands[0])
