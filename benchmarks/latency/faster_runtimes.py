@@ -15,22 +15,25 @@ images = model({"noise": noise, "labels": labels})[0]
 """,
     "MNN": """
 import MNN
+import numpy as np
 
 names = ["noise", "labels"]
 threads = MNN.nn.create_runtime_manager(({"backend": "CPU", "numThread": 2, "precision": "high"},))
 model = MNN.nn.load_module_from_file("mnist.mnn", names, ["images"], runtime_manager=threads)
 given = [MNN.expr.const(array, list(array.shape), MNN.expr.NCHW) for array in (noise, rows)]
-images = MNN.expr.convert(model.forward(given)[0], MNN.expr.NCHW).read()
+drawn = MNN.expr.convert(model.forward(given)[0], MNN.expr.NCHW)
+images = np.array(drawn.read())  # a copy: what `read` returns is `drawn`'s own
 """,
     "ncnn": """
 import ncnn
 
 model = ncnn.Net()
+model.opt.use_fp16_packed = model.opt.use_fp16_storage = model.opt.use_fp16_arithmetic = False
 model.load_param("mnist.ncnn.param")
 model.load_model("mnist.ncnn.bin")
 call = model.create_extractor()
-call.input("in0", ncnn.Mat(noise[0]))
-call.input("in1", ncnn.Mat(rows[0]))
+call.input("in0", ncnn.Mat(noise[0]).clone())
+call.input("in1", ncnn.Mat(rows[0]).clone())
 image = call.extract("out0")[1]
 """,
 }

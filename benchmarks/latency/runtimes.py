@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names(args.model, MODELS, "--model", ("mnist", "colour32")):
         if not args.times:
             for target in targets:
-                for row in outcomes(name, target, args.graphs, seconds=args.seconds / 4):
+                for row in outcomes(name, target, args.graphs):
                     results.add(row)
                     say(row)
         for threads in sizes(args.threads, "--threads", (1, 2)) if args.seconds else ():
@@ -68,8 +68,8 @@ def graph(folder: Path, model: str, target: str) -> Path:
     return folder / model / f"{target}.onnx"
 
 
-def outcomes(name: str, target: str, folder: Path, *, seconds: float) -> Iterator[Row]:
-    """The rows of a target: exported, converted and run once in every runtime. seconds: of ONNX Runtime Web's calls."""
+def outcomes(name: str, target: str, folder: Path) -> Iterator[Row]:
+    """The rows of a target: exported, converted and run once in every runtime."""
     from fastcm.export.to_onnx import export_onnx
 
     model = MODELS[name]
@@ -83,7 +83,7 @@ def outcomes(name: str, target: str, folder: Path, *, seconds: float) -> Iterato
         elif runtime == "TensorRT for RTX":
             yield row | {"version": installed, "outcome": compiled(done)}
         else:
-            yield row | {"version": installed, **outcome(runtime, done, feeds, expected, seconds=seconds)}
+            yield row | {"version": installed, **outcome(runtime, done, feeds, expected)}
 
 
 def inputs(done) -> tuple[Feeds, np.ndarray]:
@@ -100,15 +100,11 @@ def check_feeds(contract) -> dict[str, torch.Tensor]:
     return {name: tensor[:SEEDS] for name, tensor in check_inputs(contract).items()}
 
 
-def outcome(runtime: str, done, feeds: Feeds, expected: np.ndarray, *, seconds: float) -> Row:
+def outcome(runtime: str, done, feeds: Feeds, expected: np.ndarray) -> Row:
     """The largest difference, or what happened in its place."""
-    times: Row = {}
     try:
         if runtime == WEB:
-            drawn = web_runtime.draw(done.path, feeds, expected.shape[1:], seconds=seconds)
-            images = drawn.images
-            if len(drawn.milliseconds):
-                times = {"threads1_p50_ms": percentiles(drawn.milliseconds)["p50_ms"]}
+            images = web_runtime.draw(done.path, feeds, expected.shape[1:], seconds=0).images
         else:
             run = other_runtimes.opened(runtime, done.path)
             images = np.concatenate([run({name: array[i : i + 1] for name, array in feeds.items()}) for i in range(SEEDS)])
@@ -117,7 +113,7 @@ def outcome(runtime: str, done, feeds: Feeds, expected: np.ndarray, *, seconds: 
     except Exception as error:  # a runtime's own
         return {"outcome": f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"}
     difference = float(np.abs(images.astype(np.float64) - expected).max())
-    return {"outcome": SAME if difference <= done.contract.tolerance else "other pictures", "max_error": rounded(difference), **times}
+    return {"outcome": SAME if difference <= done.contract.tolerance else "other pictures", "max_error": rounded(difference)}
 
 
 def compiled(done) -> str:
@@ -136,7 +132,8 @@ def compiled(done) -> str:
 def timed(rows: Sequence[Row], folder: Path, *, threads: int, seconds: float) -> Iterator[Row]:
     """The rows of a network in their order; those that draw here with the median of one image and how many times faster than ANCHOR they
     are, from one run."""
-    drawing = [row for row in rows if row["outcome"] == SAME and row["backend"] not in UNTIMED]
+    same = [row for row in rows if row["outcome"] == SAME]
+    drawing = [row for row in same if row["backend"] not in UNTIMED]
     if not any((row["target"], row["backend"]) == ANCHOR for row in drawing):
         raise InputError("nothing to compare with in --json: no row of ONNX Runtime on target ort. Run without --times first.")
     calls = {}
@@ -151,17 +148,28 @@ def timed(rows: Sequence[Row], folder: Path, *, threads: int, seconds: float) ->
     for row in rows:
         own = taken.get((row["target"], row["backend"]))
         if own is None:
-            yield row
+            web = row["backend"] == WEB and row in same and threads == 1
+            yield row | (web_times(graph(folder, row["model"], row["target"]), seconds=seconds / 10) if web else {})
             continue
         figures = {"p50_ms": percentiles(own)["p50_ms"], "over_onnxruntime": speedup(own, taken[ANCHOR]), "rounds": len(own)}
         yield {**row, **{f"threads{threads}_{field}": value for field, value in figures.items()}}
 
 
+def web_times(path: Path, *, seconds: float) -> Row:
+    """The median of one image in the browser."""
+    drawn = web_runtime.draw(path, one_image(path), contract_of(path).output[0], seconds=seconds)
+    return {"threads1_p50_ms": percentiles(drawn.milliseconds)["p50_ms"], "threads1_rounds": len(drawn.milliseconds)}
+
+
 def one_image(path: Path) -> Feeds:
     """The first image's inputs of a graph that fastcm wrote."""
+    return {name: tensor[:1].numpy() for name, tensor in check_feeds(contract_of(path)).items()}
+
+
+def contract_of(path: Path):
     from fastcm.generation.onnx_generator import OnnxGenerator
 
-    return {name: tensor[:1].numpy() for name, tensor in check_feeds(OnnxGenerator(path, "cpu").contract).items()}
+    return OnnxGenerator(path, "cpu").contract
 
 
 if __name__ == "__main__":

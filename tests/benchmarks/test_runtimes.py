@@ -2,6 +2,9 @@
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -59,15 +62,19 @@ def test_times_are_of_what_draws_the_same_pictures_in_turns(tmp_path, monkeypatc
     monkeypatch.setattr(runtimes.other_runtimes, "opened", open_runtime)
     monkeypatch.setattr(runtimes, "one_image", lambda path: {})
     rows = [row("ONNX Runtime", "ort"), row("MNN", "mobile"), row("ncnn", "mobile", outcome="refused: x"), row("onnx reference", "ort")]
+    rows += [row(runtimes.WEB, "ort"), row(runtimes.WEB, "mobile", outcome="not installed")]
+    monkeypatch.setattr(runtimes, "web_times", lambda path, *, seconds: {"threads1_p50_ms": seconds})
     for target in ("ort", "mobile"):
         runtimes.graph(tmp_path, "mnist", target).parent.mkdir(exist_ok=True)
         runtimes.graph(tmp_path, "mnist", target).touch()
     found = list(runtimes.timed(rows, tmp_path, threads=2, seconds=0.2))
-    mnn, waited = list(runtimes.timed(rows, tmp_path, threads=1, seconds=0.2))[1], found[1]["threads2_p50_ms"]
+    again, waited = list(runtimes.timed(rows, tmp_path, threads=1, seconds=0.2)), found[1]["threads2_p50_ms"]
+    mnn, web, absent = again[1], *again[-2:]
+    assert web["threads1_p50_ms"] == pytest.approx(0.02) and absent == rows[-1] and found[-2:] == rows[-2:]
     assert mnn["threads1_p50_ms"] < 4 < waited and mnn["threads1_over_onnxruntime"] > 2  # waiting is no work
     del opened[2:]
     assert opened == [("ONNX Runtime", "ort", 2), ("MNN", "mobile", 2)]
-    assert [new["backend"] for new in found] == ["ONNX Runtime", "MNN", "ncnn", "onnx reference"] and found[2:] == rows[2:]
+    assert [new["backend"] for new in found] == [old["backend"] for old in rows] and found[2:] == rows[2:]
     assert found[0]["threads2_over_onnxruntime"] == 1 and found[1]["threads2_over_onnxruntime"] > 1.1
     assert found[1]["threads2_rounds"] >= 5 and waited > 5.9
     runtimes.graph(tmp_path, "mnist", "mobile").unlink()
@@ -79,7 +86,7 @@ def test_times_are_of_what_draws_the_same_pictures_in_turns(tmp_path, monkeypatc
 
 def test_times_alone_keep_the_rows_that_were_measured(tmp_path, monkeypatch):
     out, timed = tmp_path / "runtimes.json", []
-    monkeypatch.setattr(runtimes, "outcomes", lambda name, target, folder, *, seconds: [row("ONNX Runtime", target, max_error=1e-7)])
+    monkeypatch.setattr(runtimes, "outcomes", lambda name, target, folder: [row("ONNX Runtime", target, max_error=1e-7)])
 
     def time_rows(rows, folder, *, threads, seconds):
         timed.append((len(rows), threads))
@@ -93,6 +100,28 @@ def test_times_alone_keep_the_rows_that_were_measured(tmp_path, monkeypatch):
     first = rows[0]
     assert [found["target"] for found in rows] == list(runtimes.TARGETS)
     assert len(rows) == 4 and (first["max_error"], first["threads1_p50_ms"], first["threads2_p50_ms"]) == (1e-7, 3.0, 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", faster_runtimes.PROGRAMS)
+def test_the_program_that_the_page_may_show_draws(runtime, tmp_path):
+    if runtimes.other_runtimes.version(runtime) is None:
+        pytest.skip(f"{runtime} is not installed")
+    form = "mobile" if faster_runtimes.TARGETS[runtime] == "mobile" else "plain"
+    shutil.copyfile(exported(form).path, tmp_path / "mnist.onnx")
+    path = tmp_path / "mnist.onnx"
+    feeds = {name: array[:1] for name, array in runtimes.inputs(exported(form))[0].items()}
+    expected = runtimes.other_runtimes.opened(runtime, path)(feeds)  # which leaves the converted file
+    for suffix in ("param", "bin"):
+        if runtime == "ncnn":
+            (tmp_path / "mnist.ncnn" / f"graph.ncnn.{suffix}").rename(tmp_path / f"mnist.ncnn.{suffix}")
+    np.savez(tmp_path / "feeds.npz", noise=feeds["noise"], labels=feeds["labels"], rows=feeds["labels"])
+    before = "import numpy\nnoise, labels, rows = numpy.load('feeds.npz').values()"
+    after = f"numpy.save('images.npy', numpy.array({'image' if runtime == 'ncnn' else 'images'}))"
+    program = "\n".join([before, faster_runtimes.PROGRAMS[runtime], after])  # what it gets wrong may end its process
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, timeout=120)
+    images = np.load(tmp_path / "images.npy")
+    np.testing.assert_allclose(images.reshape(expected.shape), expected, atol=1e-5)
 
 
 @pytest.mark.slow
