@@ -83,6 +83,7 @@ def test_a_second_stage_follows_its_first_within_one_budget(tmp_path, monkeypatc
     ]
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_the_benchmark(tmp_path):
     bench_methods.call("fastcm --version")
     with pytest.raises(SystemExit, match="quality.methods: fastcm info .* ended with 2: fastcm: error: "):

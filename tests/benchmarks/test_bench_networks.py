@@ -37,6 +37,7 @@ def test_rows_and_file(tmp_path, monkeypatch, capsys):
     assert [json.loads(line)["backend"] for line in capsys.readouterr().out.splitlines()] == ["fastcm", "diffusers"]
 
 
+@pytest.mark.slow
 def test_other_outputs_are_not_timed(monkeypatch):
     monkeypatch.setattr(bench_networks, "rounds", lambda calls, limits: pytest.fail("timed"))
     to_state = diffusers_weights.to_state
