@@ -1,6 +1,7 @@
 """`python -m fastcm.benchmarks.pages.between_marks`: writes the small tables of the pages from the newest results of each kind."""
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,11 @@ class PageTable(NamedTuple):
 def field(name: str, form: str = "{}") -> Cell:
     """A row's field, "-" where it has none."""
     return lambda row: form.format(row[name]) if row.get(name) is not None else "-"
+
+
+def spread_of(name: str, form: str) -> Cell:
+    """Mean and standard deviation of a row's list of figures, one for each seed."""
+    return lambda row: f"{statistics.mean(row[name]):{form}} ± {statistics.stdev(row[name]):{form}}"
 
 
 TABLES = {
@@ -85,6 +91,22 @@ TABLES = {
             "network": field("network_percent", "{:.1f} %"),
             "noise": field("noise_percent", "{:.1f} %"),
             "to uint8": field("uint8_percent", "{:.1f} %"),
+        },
+    ),
+    "patches": PageTable(
+        "docs/training.md",
+        "patches-*.json",
+        lambda row: "seeds" in row,
+        {
+            "patch": field("patch"),
+            "images seen": field("kimg", "{:.3g} kimg"),
+            "images/s, training": field("images_per_s", "{:.3g}"),
+            "recognised, 1 step": spread_of("accuracy_1", ".1%"),
+            "Fréchet, times real, 1 step": spread_of("fd_ratio_1", ".1f"),
+            "recognised, 2 steps": spread_of("accuracy_2", ".1%"),
+            "Fréchet, times real, 2 steps": spread_of("fd_ratio_2", ".1f"),
+            "one image, torch, ms": field("torch_p50_ms", "{:.3g}"),
+            "one image, seeded ONNX, ms": field("onnx_p50_ms", "{:.3g}"),
         },
     ),
     "teachers": PageTable(
