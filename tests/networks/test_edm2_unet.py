@@ -82,6 +82,7 @@ def layer_variances(network):
             yield name, (torch.conv2d(x, weight) if weight.ndim == 4 else x @ weight.T).var().item()
 
 
+@pytest.mark.slow
 def test_layers_keep_their_magnitude_at_initialisation_and_after_100_steps():
     network = make()
     optimizer = FlatOptimizer(network, None, OptimizerConfig(kind="adamw", lr=1e-2))

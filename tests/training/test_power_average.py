@@ -63,6 +63,7 @@ def test_a_stored_average_is_its_own_combination_and_the_error_is_the_profiles_d
     assert error == pytest.approx(np.linalg.norm(made - wanted) / np.linalg.norm(wanted), rel=1e-3) and 1e-3 < error < 0.03
 
 
+@pytest.mark.slow
 def test_a_reconstructed_average_is_the_one_trained_directly(stored, tmp_path):
     widths = [0.075, 0.085]
     small_run(tmp_path / "direct", kimg=40 * STEP, **{"optimizer.ema_halflife_kimg": [], "optimizer.ema_widths": widths, "lr": 1e-3})
@@ -84,6 +85,7 @@ def test_a_width_that_was_stored_comes_back_as_its_model(stored, tmp_path):
     assert fastcm.load(stored / "model-ema-width-0.1").info["training"]["ema_width"] == 0.1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stores_the_same_bytes(stored, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, recorded_losses():
         patched.setattr(Trainer, "train_step", stop_after(17))
@@ -127,6 +129,7 @@ def test_a_damaged_snapshot_is_named(stored, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 def test_settings_and_disk(tmp_path, capsys):
     words = ["train", "digits", "--out", str(tmp_path / "run"), "--dry-run", "--set", "optimizer.snapshot_every_kimg=10"]
     assert cli.main(words) == 2

@@ -40,6 +40,7 @@ class Recorder:
         self._note("end")
 
 
+@pytest.mark.slow
 def test_a_log_of_ones_own(tmp_path, capsys):
     """begin once with the run's settings, figures at each line, each grid, the end; one that fails is left out and the run goes on."""
     whole, failing = Recorder(), Recorder(fails_at="scalars")
