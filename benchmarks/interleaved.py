@@ -35,16 +35,15 @@ def rounds(
     *,
     settle_s: float = 0.0,
     warm: int = 0,
-    clock: Callable[[], int] = time.perf_counter_ns,
+    clock: Callable[[], int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Milliseconds of call(round), fp64 [rounds] per name, on the host's clock; a call returns when its work is done.
 
-    clock: nanoseconds; `time.process_time_ns` counts the processor's work alone, which other programs of the machine hardly change.
-
+    clock: nanoseconds, in place of the host's: `time.process_time_ns` counts the processor's work alone, whatever else runs.
     settle_s: idle time before each turn, in which the worker threads of the one before go to sleep. warm: calls of a turn before the one
     that counts, which find its own threads asleep and its caches cold.
     """
-    times = {name: [] for name in calls}
+    times, clock = {name: [] for name in calls}, clock or time.perf_counter_ns
     order, shuffle = list(calls), random.Random(0).shuffle
     with _no_collection():
         began, done = time.perf_counter(), 0

@@ -276,8 +276,9 @@ def test_registered_op_keeps_its_contract(device, low):
     set_gradient(state, 0)
     update("radam", state)
     options = {"kind": "radam", "eps": EPS, "weight_decay": 0.01, "clip": 1.0, "beta1": BETAS[0], "beta2": BETAS[1]}
-    copies = {"low_precision": None, "target_low_precision": None} if low is None else {}
-    torch.library.opcheck(torch.ops.fastcm.optimizer_step.default, (), options | state | copies)
+    absent = {"unit_rows": [], "tiles": None}
+    absent |= {"low_precision": None, "target_low_precision": None} if low is None else {}
+    torch.library.opcheck(torch.ops.fastcm.optimizer_step.default, (), options | state | absent)
 
 
 @pytest.mark.slow
