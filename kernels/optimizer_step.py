@@ -252,57 +252,14 @@ def _optimizer_step_fwd_kernel(
         decay = 1 - rate * weight_decay
         factor = tl.minimum(clip / (norm + 1e-6), 1.0) if CLIP else 1.0
         b_mu = tl.load(mu) if mu is not None else 0.0
+        buffers, coefficients = (param, grad, exp_avg, exp_avg_sq), (factor, decay, a, b, size)
+        followers = (target, averages, decays, low_precision, target_low_precision)
         if tiles is not None:
             update_rows(
-                param,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                target,
-                averages,
-                decays,
-                low_precision,
-                target_low_precision,
-                tiles,
-                tile_count,
-                i_program,
-                programs,
-                factor,
-                decay,
-                a,
-                b,
-                size,
-                b_mu,
-                BETA1,
-                BETA2,
-                BLOCK,
-                ALIGNMENT,
-                UNIT_EPS,
+                buffers, followers, coefficients, b_mu, tiles, tile_count, i_program, programs, BETA1, BETA2, BLOCK, ALIGNMENT, UNIT_EPS
             )
         else:
-            update_blocks(
-                param,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                target,
-                averages,
-                decays,
-                low_precision,
-                target_low_precision,
-                n,
-                i_program,
-                programs,
-                factor,
-                decay,
-                a,
-                b,
-                size,
-                b_mu,
-                BETA1,
-                BETA2,
-                BLOCK,
-            )
+            update_blocks(buffers, followers, coefficients, b_mu, n, i_program, programs, BETA1, BETA2, BLOCK)
     # step counts finished programs above bit 40; the last one clears them and counts the update. The barrier comes before the ticket
     # because every thread has to have read step by then.
     tl.debug_barrier()

@@ -49,8 +49,10 @@ def _follow(follower, copy, o, m, b_param, rate):
 
 
 @triton.jit
-def _moments(param, grad, exp_avg, exp_avg_sq, o, m, factor, decay, a, b, size, BETA1: tl.constexpr, BETA2: tl.constexpr):
+def _moments(buffers, coefficients, o, m, BETA1: tl.constexpr, BETA2: tl.constexpr):
     """The new weights; the new moments are stored."""
+    param, grad, exp_avg, exp_avg_sq = buffers
+    factor, decay, a, b, size = coefficients
     b_param = tl.load(param + o, m)
     b_grad = tl.load(grad + o, m).to(tl.float32) * factor
     b_avg = tl.load(exp_avg + o, m)
@@ -63,8 +65,9 @@ def _moments(param, grad, exp_avg, exp_avg_sq, o, m, factor, decay, a, b, size, 
 
 
 @triton.jit
-def _keep(b_param, param, target, averages, decays, low_precision, target_low_precision, o, m, mu):
+def _keep(b_param, param, followers, mu, o, m):
     """Stores the new weights, and what follows from them."""
+    target, averages, decays, low_precision, target_low_precision = followers
     tl.store(param + o, b_param, m)
     if low_precision is not None:
         tl.store(low_precision + o, b_param.to(low_precision.dtype.element_ty), m)
@@ -75,202 +78,56 @@ def _keep(b_param, param, target, averages, decays, low_precision, target_low_pr
 
 
 @triton.jit
-def _update_block(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    target,
-    averages,
-    decays,
-    low_precision,
-    target_low_precision,
-    o,
-    m,
-    factor,
-    decay,
-    a,
-    b,
-    size,
-    mu,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-):
-    b_param = _moments(param, grad, exp_avg, exp_avg_sq, o, m, factor, decay, a, b, size, BETA1, BETA2)
-    _keep(b_param, param, target, averages, decays, low_precision, target_low_precision, o, m, mu)
-
-
-@triton.jit
-def _update_row(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    target,
-    averages,
-    decays,
-    low_precision,
-    target_low_precision,
-    start,
-    length,
-    is_unit,
-    o,
-    factor,
-    decay,
-    a,
-    b,
-    size,
-    mu,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT_EPS: tl.constexpr,
-):
-    """A row of any length: its new weights and their magnitude, then its weights once more, which the cache still has, over that."""
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, length, BLOCK):
-        m = first + o < length
-        b_param = _moments(param, grad, exp_avg, exp_avg_sq, start + first + o, m, factor, decay, a, b, size, BETA1, BETA2)
-        tl.store(param + (start + first + o), b_param, m)
-        squares += tl.where(m, b_param * b_param, 0.0)
-    magnitude = tl.sqrt(tl.sum(squares, 0) / length.to(tl.float32))
-    inverse = tl.where(is_unit != 0, 1.0 / (UNIT_EPS + magnitude), 1.0)
-    tl.debug_barrier()  # what other threads of the program have stored is loaded
-    for first in range(0, length, BLOCK):
-        m = first + o < length
-        b_param = tl.load(param + (start + first + o), m) * inverse
-        _keep(b_param, param, target, averages, decays, low_precision, target_low_precision, start + first + o, m, mu)
-
-
-@triton.jit
 def update_blocks(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    target,
-    averages,
-    decays,
-    low_precision,
-    target_low_precision,
-    n,
-    i_program,
-    programs,
-    factor,
-    decay,
-    a,
-    b,
-    size,
-    mu,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    BLOCK: tl.constexpr,
+    buffers, followers, coefficients, mu, n, i_program, programs, BETA1: tl.constexpr, BETA2: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Every `programs`-th block of n elements, from `i_program` on."""
     o, width = tl.arange(0, BLOCK), tl.full((), BLOCK, tl.int64)
     blocks = n // BLOCK
     # Whole blocks go without a mask, whose bound may not divide by 16; what is left takes its own, masked, block.
     for i in range(i_program, blocks, programs):
-        _update_block(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            target,
-            averages,
-            decays,
-            low_precision,
-            target_low_precision,
-            o + i * width,
-            None,
-            factor,
-            decay,
-            a,
-            b,
-            size,
-            mu,
-            BETA1,
-            BETA2,
-        )
+        b_param = _moments(buffers, coefficients, o + i * width, None, BETA1, BETA2)
+        _keep(b_param, buffers[0], followers, mu, o + i * width, None)
     if blocks % programs == i_program:
         o_last = o + blocks * width
-        _update_block(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            target,
-            averages,
-            decays,
-            low_precision,
-            target_low_precision,
-            o_last,
-            o_last < n,
-            factor,
-            decay,
-            a,
-            b,
-            size,
-            mu,
-            BETA1,
-            BETA2,
-        )
+        b_param = _moments(buffers, coefficients, o_last, o_last < n, BETA1, BETA2)
+        _keep(b_param, buffers[0], followers, mu, o_last, o_last < n)
 
 
 @triton.jit
 def update_rows(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    target,
-    averages,
-    decays,
-    low_precision,
-    target_low_precision,
+    buffers,
+    followers,
+    coefficients,
+    mu,
     tiles,
     tile_count,
     i_program,
     programs,
-    factor,
-    decay,
-    a,
-    b,
-    size,
-    mu,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     UNIT_EPS: tl.constexpr,
 ):
-    """Every `programs`-th of the tiles (start, length, is_unit), from `i_program` on; ALIGNMENT divides starts and lengths."""
-    o = tl.arange(0, BLOCK)
+    """Every `programs`-th of the tiles (start, length, is_unit), from `i_program` on; ALIGNMENT divides starts and lengths.
+
+    A row of any length: its new weights and their magnitude, then its weights once more, which the cache still has, over that.
+    """
+    o, param = tl.arange(0, BLOCK), buffers[0]
     for i in range(i_program, tile_count, programs):
         start, length = tl.multiple_of(tl.load(tiles + 3 * i), ALIGNMENT), tl.multiple_of(tl.load(tiles + 3 * i + 1), ALIGNMENT)
         is_unit = tl.load(tiles + 3 * i + 2)
-        _update_row(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            target,
-            averages,
-            decays,
-            low_precision,
-            target_low_precision,
-            start,
-            length,
-            is_unit,
-            o,
-            factor,
-            decay,
-            a,
-            b,
-            size,
-            mu,
-            BETA1,
-            BETA2,
-            BLOCK,
-            UNIT_EPS,
-        )
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, length, BLOCK):
+            m = first + o < length
+            b_param = _moments(buffers, coefficients, start + first + o, m, BETA1, BETA2)
+            tl.store(param + (start + first + o), b_param, m)
+            squares += tl.where(m, b_param * b_param, 0.0)
+        magnitude = tl.sqrt(tl.sum(squares, 0) / length.to(tl.float32))
+        inverse = tl.where(is_unit != 0, 1.0 / (UNIT_EPS + magnitude), 1.0)
+        tl.debug_barrier()  # what other threads of the program have stored is loaded
+        for first in range(0, length, BLOCK):
+            m = first + o < length
+            b_param = tl.load(param + (start + first + o), m) * inverse
+            _keep(b_param, param, followers, mu, start + first + o, m)
