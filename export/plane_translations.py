@@ -36,9 +36,19 @@ def plane_translations() -> dict[object, Callable]:
         per_channel = op.Constant(value_ints=[1, channels, 1, 1])
         return op.Add(op.Mul(norm, op.Reshape(weight, per_channel)), op.Reshape(bias, per_channel))
 
+    def mean_of_planes(x, dim, keepdim=False, dtype=None):
+        # pnnx loses the axis of a ReduceMean that has one alone.
+        (axis,), size = dim, int(x.shape[dim[0]])
+        if axis == 1 and keepdim:
+            return op.Conv(x, op.Constant(value=ir.tensor(np.full((1, size, 1, 1), 1 / size, np.float32))))
+        if axis == 2 and keepdim:
+            return op.AveragePool(x, kernel_shape=[size, 1], strides=[size, 1])
+        raise NotImplementedError(f"a mean over dimension {axis}")
+
     aten = torch.ops.aten
     return {
         aten.unbind.int: sliced_unbind,
         aten.pixel_unshuffle.default: unshuffling_convolution,
         aten.group_norm.default: group_norm_of_planes,
+        aten.mean.dim: mean_of_planes,
     }

@@ -16,11 +16,17 @@ from fastcm.networks.blocks import attend
 SILU_MAGNITUDE = 0.596  # of silu(x) for x from N(0, 1)
 
 
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """What magnitudes of it are taken in: fp32, float64 of float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def normalized(x: Tensor, *dims: int, eps: float = UNIT_EPS) -> Tensor:
-    """x / (eps + magnitude over `dims`), in the dtype of x; the magnitude is taken in fp32."""
+    """x / (eps + magnitude over `dims`), in the dtype of x."""
     if launch.is_exporting():  # in operators that every runtime has
-        return x / (eps + x.float().square().mean(dims, keepdim=True).sqrt()).to(x.dtype)
-    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)  # whose derivative at zero is zero
+        wide = x.to(wide_type(x))
+        return x / (eps + (wide * wide).mean(dims, keepdim=True).sqrt()).to(x.dtype)
+    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide_type(x))  # whose derivative at zero is zero
     return x / (eps + length / math.sqrt(math.prod([x.shape[dim] for dim in dims]))).to(x.dtype)
 
 
@@ -31,7 +37,8 @@ def mp_silu(x: Tensor) -> Tensor:
 
 def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     """(1 - t) a + t b over the magnitude of that sum, for independent a and b of unit variance (equation 88)."""
-    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+    length = math.hypot(1 - t, t)
+    return torch.add(a * ((1 - t) / length), b, alpha=t / length)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -69,7 +76,7 @@ class MPConv(nn.Module):
     """A convolution, or a linear layer where `size` is None, without bias, whose every output has a weight vector of unit length.
 
     The weight is normalised in the forward pass (equation 47), with what the gradient owes to it, and training sets it back to unit
-    magnitude after each step (section 2.3, `unit_rows`). learned_gain: a factor that begins at zero; without it the factor is one.
+    magnitude after each step (appendix B.5, `unit_rows`). learned_gain: a factor that begins at zero; without it the factor is one.
     """
 
     def __init__(self, in_channels: int, out_channels: int, size: int | None = None, *, learned_gain: bool = False):
@@ -80,10 +87,10 @@ class MPConv(nn.Module):
         self.is_plain = False
 
     def effective_weight(self) -> Tensor:
-        """What the input is multiplied by, fp32: rows of length one, times the gain."""
-        weight = self.weight.float()
+        """What the input is multiplied by, in fp32 at least: rows of length one, times the gain."""
+        weight = self.weight.to(wide_type(self.weight))
         weight = normalized(weight, *range(1, weight.ndim)) / math.sqrt(weight[0].numel())
-        return weight if self.gain is None else weight * self.gain.float()
+        return weight if self.gain is None else weight * self.gain.to(weight.dtype)
 
     @torch.no_grad()
     def make_plain(self) -> None:
@@ -101,7 +108,7 @@ class MPConv(nn.Module):
 
 
 class Modulation(MPConv):
-    """The embedding as factors of channels. h [B, C, H, W], emb [B, in] -> act(h (1 + gain linear(emb))), of h's shape (section B.3)."""
+    """The embedding as factors of channels. h [B, C, H, W], emb [B, in] -> act(h (1 + gain linear(emb))), of h's shape (appendix B.7)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, learned_gain=True)
@@ -114,14 +121,15 @@ class Modulation(MPConv):
 
 
 def cosine_attention(x: Tensor, qkv: MPConv, proj: MPConv, heads: int) -> Tensor:
-    """proj of softmax(q k / sqrt(d)) v over the pixels of x [B, C, H, W], with q, k and v of each head at unit magnitude (section B.3).
+    """proj of softmax(q k / sqrt(d)) v over the pixels of x [B, C, H, W], with q, k and v of each head at unit magnitude (equation 30).
 
     The 3C channels of qkv are (3, heads, d).
     """
     batch, channels, height, width = x.shape
     each = channels // heads
     if launch.is_exporting():  # channels stay before pixels, so that runtimes find nothing to transpose outside of their products
-        q, k, v = normalized(qkv(x).view(batch, 3, heads, each, height * width), 3).unbind(1)
+        parts = normalized(qkv(x).view(batch, 3 * heads, each, height * width), 2)
+        q, k, v = (parts[:, start : start + heads] for start in (0, heads, 2 * heads))
         h = v @ torch.softmax((each**-0.5 * q).transpose(-2, -1) @ k, dim=-1).transpose(-2, -1)
         return proj(h.reshape(batch, channels, height, width))
     # Pixels before channels, as blocks.self_attention has them.

@@ -58,11 +58,15 @@ def test_a_class_is_its_row_and_none_is_zeros():
 @pytest.mark.parametrize("form", MOBILE_FORMS)
 @pytest.mark.parametrize("runtime", ["MNN", "ncnn"])
 def test_converted_graphs_draw_the_same_pictures(form, runtime, tmp_path):
+    assert_draws_the_same(runtime, exported(form), tmp_path)
+
+
+def assert_draws_the_same(runtime, done, folder):
+    """The graph of an export in this runtime makes ONNX Runtime's pictures; a skip where the runtime is not installed."""
     missing = [module for module in (MNN if runtime == "MNN" else NCNN) if importlib.util.find_spec(module) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: pip install 'fastcm[mobile]'")
-    done = exported(form)
-    path = tmp_path / "graph.onnx"
+    path = folder / "graph.onnx"
     path.write_bytes(done.path.read_bytes())
     run, expected = other_runtimes.opened(runtime, path), onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for index in range(3):

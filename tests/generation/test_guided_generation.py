@@ -87,23 +87,6 @@ def test_the_default_weight_is_in_the_model_folder(tmp_path):
     assert np.array_equal(loaded(range(2)), model(range(2), guidance=2.5)) and loaded.denoiser.network.config.default_guidance == 2.5
 
 
-@pytest.mark.slow
-def test_an_exported_student_draws_at_its_weight(tmp_path):
-    onnx = pytest.importorskip("onnxruntime") and pytest.importorskip("fastcm.export.to_onnx")
-    from fastcm.generation.onnx_generator import OnnxGenerator
-
-    model = student(channel_mult=(1,), patch=2)
-    done = onnx.export_onnx(model.denoiser, STUDENT, out=tmp_path / "x.onnx", guidance=3.5)
-    exported = OnnxGenerator(done.path, provider="cpu")
-    images = exported(range(3), output="float")
-    np.testing.assert_allclose(images, model(range(3), guidance=3.5, output="float"), atol=1e-4)
-    assert np.abs(images - model(range(3), output="float")).max() > 0.01
-    assert exported.info["network"]["default_guidance"] == 3.5
-    with pytest.raises(InputError, match="weight out of range in guidance: 5. The model was trained from 1 to 4"):
-        onnx.export_onnx(model.denoiser, STUDENT, out=tmp_path / "y.onnx", guidance=5)
-    assert not (tmp_path / "y.onnx").exists()
-
-
 @pytest.mark.parametrize(
     ("model", "how", "words"),
     [

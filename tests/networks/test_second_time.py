@@ -80,11 +80,3 @@ def test_it_draws_in_steps_and_edits():
     assert len(set(images.flatten().tolist())) > 8
     edited = generator.inpaint(images[0], mask, seeds=[7], labels=[0])
     assert (edited[0][~mask] == images[0][~mask]).all() and (edited[0][mask] != images[0][mask]).any()
-
-
-@pytest.mark.slow
-def test_its_graph_makes_torchs_images(tmp_path):
-    from fastcm.export.to_onnx import export_onnx  # writes nothing that ONNX Runtime has not compared with torch
-
-    info = {"classes": ["a", "b", "c"], "training": {"method": "meanflow"}}
-    assert export_onnx(Denoiser(network(), FLOW), info, out=tmp_path / "x.onnx", sigmas=(80.0, 2.0)).path.is_file()
