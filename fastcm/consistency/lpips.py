@@ -40,7 +40,8 @@ class LPIPS(nn.Module):
         for index in (index for stage in STAGES for index in stage):
             width_out, width_in = weights[f"{index}.weight"].shape[:2]
             self.features[str(index)] = nn.Conv2d(width_in, width_out, 3, padding=1, device="meta")
-        self.features.to_empty(device="cpu").load_state_dict(weights)
+        # Assigned, not copied into: tensors without memory, of an estimate, take no values.
+        self.features.load_state_dict({name: weight.to("cpu", copy=True) for name, weight in weights.items()}, assign=True)
         for tap, weight in enumerate(linear):
             self.register_buffer(f"linear_{tap}", weight.detach().float().flatten().clone())
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
