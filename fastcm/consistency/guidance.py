@@ -24,8 +24,8 @@ def guided(
     """D_w = D_u + w (D_c - D_u), fp32 [B, C, H, W]: classifier-free guidance (Ho and Salimans 2022, 2207.12598, whose weight is w - 1).
 
     x, sigma, labels: as `denoise` takes them; labels may be None beside a guide alone. weight: w, or w of each sample, fp32 [B]; 1 is none.
-    interval: w where low < sigma <= high, 1 elsewhere (Kynkäänniemi et al. 2024, 2404.07724, equation 3).
-    guide: what D_u comes from, at the same labels (autoguidance: Karras et al. 2024, 2406.02507, equation 5); None: `denoise` itself
+    interval: w where low < sigma <= high, 1 elsewhere (the guidance interval of Kynkäänniemi et al. 2024, 2404.07724).
+    guide: what D_u comes from, at the same labels (autoguidance: Karras et al. 2024, 2406.02507, equation 3); None: `denoise` itself
     without the labels, both halves in one call.
     """
     w = weight if isinstance(weight, Tensor) else torch.full_like(sigma, weight)

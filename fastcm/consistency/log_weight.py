@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class LogWeight(nn.Module):
-    """w(sigma), fp32 [B]: linear in Fourier features of ln(sigma) (EDM2, Karras et al. 2024, equation 21; Lu and Song 2024, section 4.2).
+    """w(sigma), fp32 [B]: linear in Fourier features of ln(sigma) (Karras et al. 2024, equation 21; Lu and Song 2024, adaptive weighting).
 
     exp(w) loss - w is least at w = -ln(loss): every level then weighs the same. Zero at first.
     """

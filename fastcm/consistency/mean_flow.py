@@ -47,7 +47,7 @@ def mean_flow_loss(
 
     sigma >= sigma_end: [B] fp32, the noise levels of t and r. student: its network takes `end`, r. tangent: that network's derivative.
     v is noise - image. With omega and kappa, for images with a label, omega v + kappa u(z, t, t, class) + (1 - omega - kappa) u(z, t, t):
-    guidance inside training, of the scale omega / (1 - kappa) (ibid., section 4.2 and appendix). velocity: along what the derivative is
+    guidance inside training, of the scale omega / (1 - kappa) (ibid., section 4.2 and appendix B.1). velocity: along what the derivative is
     taken: "data", v as the paper has it, or "network", u(z, t, t, class), with which the loss is a regression of v (iMF, Geng et al. 2025,
     2512.02012). factor: as for `edm_loss`.
     """

@@ -98,7 +98,7 @@ def ect_lower(t: Tensor, stage: Tensor | int, *, q: float, k: float, b: float, l
 
 class TruncatedStudentT:
     """ln sigma ~ P_mean + P_std T, T of Student's distribution with nu degrees of freedom, truncated to sigma from `low` to `high`
-    (Lee et al. 2024, section 4). Called with uniforms u [B] it returns sigma [B] fp32.
+    (the second stage of Lee et al. 2024, 2410.14895). Called with uniforms u [B] it returns sigma [B] fp32.
 
     With T = sqrt(nu) sinh(y) the density (1 + T^2 / nu)^(-(nu + 1) / 2) dT is proportional to cosh(y)^-nu dy, which has no peak and no
     tail that a small nu would make steep: a table of its sum, made once, is inverted by interpolation.

@@ -1,4 +1,4 @@
-"""The U-Net of EDM2, configuration G (Karras et al. 2024, 2312.02696, Figure 21): configuration and network."""
+"""The U-Net of EDM2, configuration G (Karras et al. 2024, 2312.02696, Figure 22): configuration and network."""
 
 import math
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from fastcm.networks.checks import (
 )
 from fastcm.networks.magnitude import Modulation, MPConv, MPFourier, MPSiLU, cosine_attention, mp_cat, mp_silu, mp_sum, normalized
 
-RESIDUAL_BALANCE, ATTENTION_BALANCE = 0.3, 0.3  # the branch's part in the sum (Table 6)
+RESIDUAL_BALANCE, ATTENTION_BALANCE = 0.3, 0.3  # the branch's part in the sum (appendix B.7)
 LABEL_BALANCE, SKIP_BALANCE = 0.5, 0.5
-CLIP = 256.0  # of activations, for fp16 (section B.3)
+CLIP = 256.0  # of activations, for fp16 (appendix D.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class EDM2UNet(nn.Module):
         for level, width in enumerate(config.widths):
             size = f"{config.pixels(level)}x{config.pixels(level)}"
             if level == 0:
-                # One channel more, of ones: there is no bias (section 2.2).
+                # One channel more, of ones: there is no bias (appendix B.3).
                 self.enc[f"{size}_conv"] = MPConv(config.in_channels * config.patch**2 + 1, width, 3)
                 skips.append(width)
             else:

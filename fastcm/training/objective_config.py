@@ -32,7 +32,7 @@ class ObjectiveConfig:
     flow_share: of MeanFlow's samples, those with r = t, which are flow matching's; weight_power, weight_c: p and c of its adaptive weight;
       omega, kappa: of guidance inside training; velocity: "data" or, as iMF, "network" (`mean_flow.mean_flow_loss`).
     guidance: the weight of the teacher's guidance (`guidance.guided`), 1 for none, or the range from which each sample draws its own, of
-      which the student is told (Meng et al. 2023, 2210.03142, section 3.1); guidance_interval: the noise levels between which it holds.
+      which the student is told (Meng et al. 2023, 2210.03142, stage one); guidance_interval: the noise levels between which it holds.
     """
 
     distance: str = "l2"

@@ -10,7 +10,7 @@ WIDEST = 12**-0.5
 
 def gamma_of(width: float) -> float:
     """gamma of the profile t^gamma on [0, 1], whose standard deviation `width` is sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))
-    (equation 126): the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2. width: above 0, below WIDEST."""
+    (equations 123 to 126): the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2. width: above 0, below WIDEST."""
     inverse = width**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -25,7 +25,7 @@ def power_decay(width: float, step: int) -> float:
 
 def combination(steps: np.ndarray, widths: np.ndarray, *, step: int, width: float) -> tuple[np.ndarray, float]:
     """Coefficients [k] by which averages of `widths` [k], taken at `steps` [k], come nearest to that of `width` at `step`, and the distance
-    of the two profiles over the length of the wanted one (appendix C.2, equations 133 to 137)."""
+    of the two profiles over the length of the wanted one (appendix C.5, equations 133 to 143)."""
     times, gammas = np.asarray(steps, float) / step, np.array([gamma_of(each) for each in widths])
     wanted = gamma_of(width)
     products = _inner(times[:, None], gammas[:, None], times, gammas)
@@ -38,7 +38,7 @@ def combination(steps: np.ndarray, widths: np.ndarray, *, step: int, width: floa
 
 
 def _inner(time_a, gamma_a, time_b, gamma_b):
-    """The integral of two profiles' product, each (gamma + 1) t^gamma / time^(gamma + 1) up to its own time."""
+    """The integral of two profiles' product, each (gamma + 1) t^gamma / time^(gamma + 1) up to its own time (equation 151)."""
     ratio, last = np.minimum(time_a, time_b) / np.maximum(time_a, time_b), np.maximum(time_a, time_b)
     later = np.where(time_a < time_b, gamma_b, gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio**later / last

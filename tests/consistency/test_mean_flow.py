@@ -34,7 +34,7 @@ class Bilinear(nn.Module):
 
 
 def algorithm_1(weights, batch, sigma, sigma_end, *, power, c, omega=1.0, kappa=0.0, velocity="data"):
-    """Geng et al. 2025, Algorithm 1 with equation 19's guidance, in its own notation and in float64; gradient through u alone."""
+    """Geng et al. 2025, Algorithm 1 with the guidance of its appendix B.1, in its own notation and in float64; gradient through u alone."""
     e = kernels.normal(batch.seed, batch.position, batch.images.shape[1:], stream=0).double()
     x, t, r = batch.images.double(), *(flow_time(level.double()) for level in (sigma, sigma_end))
     z, v = expand(1 - t, x) * x + expand(t, x) * e, e - x

@@ -109,7 +109,7 @@ def test_layers_keep_their_magnitude_at_initialisation_and_after_100_steps():
 
 
 def reference(network, x, c_noise, labels):
-    """The paper's equations and Figure 21, written out in float64 for one image at a time."""
+    """The paper's equations and Figure 22, written out in float64 for one image at a time."""
     state = {name: value.double() for name, value in network.state_dict().items()}
     config = network.config
 
