@@ -32,14 +32,16 @@ SONG = {
     "attention_resolutions": (4,),
     "num_classes": 3,
 }
+UNET2D = {"resolution": 8, "in_channels": 1, "out_channels": 1, "widths": (8, 8), "blocks": 1, "norm_groups": 4, "num_classes": 3}
+UNET2D |= {"down_blocks": ("DownBlock2D", "AttnDownBlock2D"), "up_blocks": ("AttnUpBlock2D", "UpBlock2D")}
 
 
 def filled(kind, options):
     network = networks.build(kind, options)
     generator = torch.Generator().manual_seed(1)
     for parameter in network.parameters():  # none left at zero
-        fan_in = max(1, parameter[0].numel())
-        parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5 + (parameter.ndim == 1)
+        fan_in = max(1, parameter[0].numel()) if parameter.ndim else 1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5 + (parameter.ndim <= 1)
     return network.train()
 
 
@@ -53,7 +55,7 @@ def set_stream(network):
         network.set_stream(torch.tensor([5]), torch.arange(3))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("adm", ADM), ("song", SONG)])
+@pytest.mark.parametrize(("kind", "options"), [("adm", ADM), ("song", SONG), ("unet2d", UNET2D), ("edm2", {**SONG, "head_channels": 16})])
 def test_jvp_equals_float64_differences(kind, options):
     network = filled(kind, options)
     set_stream(network)
