@@ -49,6 +49,7 @@ def _local_only(getaddrinfo):
 
 
 def pytest_configure(config):
+    os.fsync = lambda descriptor: None  # waits for disks, for power cuts that no test has
     # For the whole run and not by a fixture, so that imports and session fixtures are held to it as well.
     socket.socket.connect = _guarded(socket.socket.connect)
     socket.socket.connect_ex = _guarded(socket.socket.connect_ex)

@@ -66,14 +66,21 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@cache
+def nodes(path):
+    return tuple(ast.walk(tree(path)))
+
+
 MODULES = {module_name(path): path for path in SOURCES}
 
 
+@cache
 def imports(path):
     """(line, dotted name) of every import statement, wherever it stands; `from package import module` names the module."""
-    for node in ast.walk(tree(path)):
+    found = []
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             package = node.module or ""
             if node.level:
@@ -82,7 +89,8 @@ def imports(path):
                 package = ".".join([*parents, *filter(None, [package])])
             for alias in node.names:
                 whole = f"{package}.{alias.name}"
-                yield node.lineno, whole if whole in MODULES or whole == "fastcm.__version__" else package
+                found.append((node.lineno, whole if whole in MODULES or whole == "fastcm.__version__" else package))
+    return found
 
 
 def floor(module):
@@ -166,7 +174,7 @@ def test_networks_never_see_sigma():
     def faults():
         for module, path in MODULES.items():
             if module.startswith("fastcm.networks"):
-                for node in ast.walk(tree(path)):
+                for node in nodes(path):
                     name = getattr(node, "arg", None) or getattr(node, "attr", None) or getattr(node, "id", None)
                     if isinstance(name, str) and "sigma" in name:
                         yield f"{relative(path)}:{node.lineno} names {name}"
@@ -180,7 +188,7 @@ def test_nothing_executes_what_it_reads():
             for line, name in imports(path):
                 if name in ("pickle", "dill", "cloudpickle") and path.name not in ("safe_unpickle.py", "state_dict_file.py"):
                     yield f"{relative(path)}:{line} imports {name}"
-            for node in ast.walk(tree(path)):
+            for node in nodes(path):
                 if isinstance(node, ast.Call):
                     called = ast.unparse(node.func)
                     if called in ("eval", "exec") or (called == "torch.load" and "weights_only=True" not in ast.unparse(node)):
@@ -205,7 +213,7 @@ def test_files_and_functions_fit():
                 yield f"{relative(path)} has {lines} lines ({most} at most, 300 is the aim)"
             elif lines > 300:
                 warnings.warn(f"{relative(path)} has {lines} lines (300 is the aim)", stacklevel=1)
-            for node in ast.walk(tree(path)):
+            for node in nodes(path):
                 length = node.end_lineno - node.body[0].lineno + 1 if isinstance(node, ast.FunctionDef) else 0
                 if length > 80:
                     yield f"{relative(path)}:{node.lineno} {node.name} has a body of {length} lines (80 at most, 60 is the aim)"
@@ -220,7 +228,7 @@ def test_modules_open_with_what_they_own():
 def test_arguments_do_not_travel_unnamed():
     def faults():
         for path in SOURCES:
-            for node in ast.walk(tree(path)):
+            for node in nodes(path):
                 if isinstance(node, ast.FunctionDef) and node.args.kwarg and node.args.kwarg.arg == "kwargs":
                     yield f"{relative(path)}:{node.lineno} {node.name} takes **kwargs"
 
@@ -255,11 +263,11 @@ PUBLIC_NAMES = {"philox": "normal"}
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.stem)
 def test_kernel_file_anatomy(path):
     """Reference, kernels, launch, registration, in this order, and the public function that bears the file's name."""
-    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in nodes(path) if isinstance(node, ast.FunctionDef)]
     jitted = [node for node in functions if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)]
     registrations = [
         node.lineno
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"fastcm::\w+", node.value)
     ]
     parts = {

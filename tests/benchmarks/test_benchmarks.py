@@ -119,7 +119,13 @@ def test_percentiles_have_their_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "gflop"), [("colour32", 8.0, 3.64), ("cifar10", 55.73, 42.4), ("imagenet64", 295.9, 219), ("lsun256", 526.3, 2239)]
+    ("name", "millions", "gflop"),
+    [
+        ("colour32", 8.0, 3.64),
+        ("cifar10", 55.73, 42.4),
+        pytest.param("imagenet64", 295.9, 219, marks=pytest.mark.slow),
+        pytest.param("lsun256", 526.3, 2239, marks=pytest.mark.slow),
+    ],
 )
 def test_models_are_the_published_sizes(name, millions, gflop):
     with torch.device("meta"):

@@ -10,11 +10,18 @@ from fastcm.generation.generator import Generator
 from fastcm.weights.model_folder import save_model
 
 
+@pytest.fixture(scope="module")
+def colour_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colour") / "model"
+    save_model(folder, colour_denoiser(), {"classes": ["ant", "bee", "cat"]})
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, colour_model):
     """A colour model `model` and pictures, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model", colour_denoiser(), {"classes": ["ant", "bee", "cat"]})
+    (tmp_path / "model").symlink_to(colour_model)
     Image.fromarray(picture()).save("small.png")
     Image.fromarray(picture()[:2, :2]).save("tiny.png")
     Image.fromarray(picture(1)[..., 0]).save("grey.png")

@@ -36,9 +36,13 @@ def digits():
         return file["arr_0"].reshape(-1, 8, 8, 1), file["arr_1"]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("random") / "model")
+
+
 @pytest.mark.slow
-def test_a_model_is_measured_with_one_and_two_steps(tmp_path, capsys):
-    model = model_folder(tmp_path / "model")
+def test_a_model_is_measured_with_one_and_two_steps(tmp_path, capsys, model):
     report = tmp_path / "report.json"
     code, out, err = run(capsys, model, "--data", "digits", "--seeds", "100000-100059", "--json", report)
     assert (code, err) == (0, "")
@@ -51,9 +55,8 @@ def test_a_model_is_measured_with_one_and_two_steps(tmp_path, capsys):
     assert result["protocol"]["sigmas"][0] == [80.0] and len(result["protocol"]["sigmas"][1]) == 2
 
 
-def test_the_samples_are_those_of_the_seeds(tmp_path, capsys, digits):
+def test_the_samples_are_those_of_the_seeds(tmp_path, capsys, digits, model):
     """Evaluating a model and evaluating the file of its samples give one set of figures."""
-    model = model_folder(tmp_path / "model")
     options = ("--data", "digits", "--metrics", "accuracy,fd,neighbours")
     run(capsys, model, *options, "--seeds", "5,8,11-60", "--steps", "1", "--json", tmp_path / "a.json")
     seeds = [5, 8, *range(11, 61)]
@@ -148,13 +151,12 @@ def test_a_model_knows_its_training_data_and_the_rows_it_never_saw(tmp_path, cap
         (("--device", "gpu"), "unknown device in --device: gpu."),
     ],
 )
-def test_bad_options_get_one_line(tmp_path, capsys, options, words):
-    code, out, err = run(capsys, model_folder(tmp_path / "model"), "--data", "digits", *options)
+def test_bad_options_get_one_line(capsys, model, options, words):
+    code, out, err = run(capsys, model, "--data", "digits", *options)
     assert code == 2 and out == "" and err.startswith("fastcm: error: ") and words in err and err.count("\n") == 1
 
 
-def test_bad_data_get_one_line(tmp_path, capsys, digits):
-    model = model_folder(tmp_path / "model")
+def test_bad_data_get_one_line(tmp_path, capsys, digits, model):
     np.savez(tmp_path / "unlabelled.npz", arr_0=digits[0][:90])
     np.savez(tmp_path / "colour.npz", arr_0=np.repeat(digits[0][:90], 3, axis=3), arr_1=digits[1][:90])
     np.savez(tmp_path / "samples.npz", arr_0=digits[0][:90], arr_1=digits[1][:90] + 5)
@@ -195,8 +197,8 @@ def test_statistics_of_the_data_go_out_and_come_in_again(tmp_path, capsys, digit
 
 
 @pytest.mark.slow
-def test_self_consistency_follows_the_teacher_that_is_named(tmp_path, capsys):
-    model, teacher = model_folder(tmp_path / "model"), model_folder(tmp_path / "teacher", method="edm")
+def test_self_consistency_follows_the_teacher_that_is_named(tmp_path, capsys, model):
+    teacher = model_folder(tmp_path / "teacher", method="edm")
     options = ("--data", "digits", "--seeds", "0-9", "--steps", "1", "--metrics", "consistency", "--json", tmp_path / "r.json")
     code, out, _ = run(capsys, model, *options)
     plain = json.loads((tmp_path / "r.json").read_text())["sets"][0]["consistency"]
@@ -221,8 +223,7 @@ def test_a_report_of_a_run_has_its_curves(tmp_path, capsys):
     assert "training loss by images seen" in text and text.count("<svg") == 2 and "2 steps" in text and "Nearest training images" in text
 
 
-def test_lpips_needs_weights_and_names_itself(tmp_path, capsys, monkeypatch):
-    model = model_folder(tmp_path / "model")
+def test_lpips_needs_weights_and_names_itself(tmp_path, capsys, monkeypatch, model):
     options = ("--data", "digits", "--seeds", "500000-500059", "--steps", "1", "--metrics", "lpips")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     code, _, err = run(capsys, model, *options)
@@ -268,7 +269,7 @@ def test_lpips_needs_weights_and_names_itself(tmp_path, capsys, monkeypatch):
         (("--seeds", "1-3", "--metrics", "fid", "--features", "nan_net:net"), "non-finite features in --features: nan_net:net"),
     ],
 )
-def test_more_bad_options_get_one_line(tmp_path, capsys, monkeypatch, options, words):
+def test_more_bad_options_get_one_line(tmp_path, capsys, monkeypatch, model, options, words):
     (tmp_path / "nan_net.py").write_text(
         "import torch\nclass N(torch.nn.Module):\n    def forward(self, x):\n        return x.flatten(1) * float('nan')\nnet = N()\n"
     )
@@ -276,7 +277,7 @@ def test_more_bad_options_get_one_line(tmp_path, capsys, monkeypatch, options, w
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    code, out, err = run(capsys, model_folder(tmp_path / "model"), "--data", "digits", *options)
+    code, out, err = run(capsys, model, "--data", "digits", *options)
     assert code == 2 and out == "" and err.startswith("fastcm: error: ") and words in err and err.count("\n") == 1
 
 

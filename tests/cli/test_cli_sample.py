@@ -1,5 +1,7 @@
 """`fastcm sample`, `export` and `info` from the command line: files as promised, one line for what cannot be done."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -17,11 +19,18 @@ from fastcm.weights.model_folder import save_model, write_json
 INFO = {"classes": ["ant", "bee", "cat"], "resolution": 8, "channels": 1, "licence": "MIT", "sampling": {"2": [80.0, 0.9]}}
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(folder, tiny_denoiser(), INFO)
+    return folder
+
+
 @pytest.fixture
-def model(tmp_path, monkeypatch):
+def model(tmp_path, monkeypatch, saved):
     """A run folder `run` with its model, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "run" / "model", tiny_denoiser(), INFO)
+    shutil.copytree(saved, tmp_path / "run" / "model")
     write_json(tmp_path / "run" / "config.json", {"format": "fastcm-run"})
     (tmp_path / "run" / "log.jsonl").write_text('{"nimg": 640, "loss": 0.25}\n{"nimg": 1280, "lo')
     return "run"

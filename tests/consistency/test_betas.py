@@ -18,6 +18,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("fields", SCHEDULES, ids=lambda fields: "-".join(str(v) for v in fields.values())[:40])
+@pytest.mark.slow
 def test_levels_are_those_of_diffusers(fields):
     from diffusers import DDIMScheduler
 

@@ -25,6 +25,7 @@ TCM = Preconditioning(form="edm", c_noise="ln sigma / 4", transition=1.0)
 @pytest.mark.parametrize(
     ("nu", "P_mean", "P_std"), [(0.01, 0.0, 0.2), (2.0, 0.3, 1.0), (1e4, 1.5, 0.8), (1e4, -40.0, 0.2)], ids=["paper", "2", "normal", "far"]
 )
+@pytest.mark.slow
 def test_levels_are_students_truncated(nu, P_mean, P_std):
     u = quantiles(2000)
     sigma = TruncatedStudentT(nu=nu, P_mean=P_mean, P_std=P_std, **RANGE)(u)

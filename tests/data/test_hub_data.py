@@ -9,6 +9,7 @@ from random_pictures import random_pixels
 from fastcm.data.dataset import open_dataset
 from fastcm.errors import InputError, RunError
 
+pytestmark = pytest.mark.slow
 PIXELS = random_pixels(6, 8, 8, 3)
 CONFIG = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {0}/t.parquet\n"
 CONFIGS = f"---\nconfigs:\n{CONFIG.format('big')}{CONFIG.format('small')}---\n"

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,17 @@ def config_of(name, method):
     return presets.preset(name, method=method, teacher="teacher" if method in TAUGHT_METHODS else None)
 
 
-@cache
+BUILT = {}
+
+
 def network_of(name, method, **changes):
-    """The network of a preset on the meta device: nothing is allocated."""
+    """The network of a preset on the meta device, one for all methods that train it: nothing is allocated."""
     options = {**config_of(name, method).network, **changes}
-    with torch.device("meta"):
-        return networks.build(options.pop("kind"), options)
+    key = repr(sorted(options.items()))
+    if key not in BUILT:
+        with torch.device("meta"):
+            BUILT[key] = networks.build(options.pop("kind"), options)
+    return BUILT[key]
 
 
 def weights_of(network):

@@ -55,7 +55,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, monkeypa
     options = {"method": method, "teacher": request.getfixturevalue("teacher") if method in ("cd", "scd") else None, **CASES[case]}
     if method == "tcm":
         options["init"] = request.getfixturevalue("first_stage")
-    small_run(tmp_path / "whole", **options)
+    small_run(tmp_path / "whole", drawn=True, **options)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stop_after(4))
         assert small_run(tmp_path / "parts", **options).nimg == 64

@@ -78,6 +78,7 @@ def test_a_reconstructed_average_is_the_one_trained_directly(stored, tmp_path):
         assert training["ema_width"] == width and "ema_halflife_kimg" not in training and training["method"] == "ict"
 
 
+@pytest.mark.slow
 def test_a_width_that_was_stored_comes_back_as_its_model(stored, tmp_path):
     reconstruct(stored, 0.1, tmp_path / "made")
     made, own = weights(tmp_path / "made"), weights(stored / "model-ema-width-0.1")
@@ -98,6 +99,7 @@ def test_a_resumed_run_stores_the_same_bytes(stored, tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_bytes() == (stored / name).read_bytes(), step
 
 
+@pytest.mark.slow
 def test_the_command_says_the_error_and_refuses_in_one_line(stored, tmp_path, capsys):
     assert cli.main(["average", str(stored), "--width", "0.07", "--out", str(tmp_path / "made")]) == 0
     assert "the average of width 0.07 at 0.64 kimg, from 40 snapshots; least-squares error" in capsys.readouterr().out
@@ -117,6 +119,7 @@ def test_the_command_says_the_error_and_refuses_in_one_line(stored, tmp_path, ca
     assert "--out exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_named(stored, tmp_path):
     (tmp_path / "snapshots").mkdir()
     for name in ("config.json", "model"):

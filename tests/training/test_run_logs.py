@@ -62,7 +62,7 @@ def test_a_log_of_ones_own(tmp_path, capsys):
 def test_tensorboard_has_figures_grids_and_settings(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    small_run(tmp_path / "run", kimg=0.032)
+    small_run(tmp_path / "run", kimg=0.032, drawn=True)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -133,7 +133,7 @@ def test_info_watch(tmp_path, capsys, monkeypatch):
     """A finished run is drawn once; one that trains, again until it ends."""
     from fastcm.cli import info_watch
 
-    small_run(tmp_path / "run", kimg=0.032)
+    small_run(tmp_path / "run", kimg=0.032, drawn=True)
     assert main(["info", str(tmp_path / "run"), "--watch"]) == 0
     out = capsys.readouterr().out
     assert f"run      {tmp_path / 'run'} (finished)" in out and "0.032 of 0.032 kimg, 100.0%" in out

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_pictures import cifar_files, random_pixels, write_cifar, write_folder, write_idx, write_shards, write_tar, write_zip
+from training_runs import undrawn
 
 import fastcm
 from fastcm.cli import main
@@ -17,6 +18,12 @@ TINY += [
     for setting in ("channels=4", "head_channels=4", "channel_mult=[1]", "blocks=1", "attention_resolutions=[]")
     for word in ("--set", f"network.{setting}")
 ]
+
+
+@pytest.fixture(autouse=True)
+def ends_undrawn():
+    with undrawn():
+        yield
 
 
 def pictures_folder(root):
@@ -105,8 +112,8 @@ def saved_to_disk(root):
 @pytest.mark.parametrize(
     ("make", "classes"),
     [
-        (parquet_file, ["cat", "dog"]),
-        (saved_to_disk, ["cat", "dog"]),
+        pytest.param(parquet_file, ["cat", "dog"], marks=pytest.mark.slow),  # importing `datasets` takes seconds
+        pytest.param(saved_to_disk, ["cat", "dog"], marks=pytest.mark.slow),
         (mnist_folder, ["0", "1"]),
         (npy_pair, ["0", "1", "2"]),
         (svhn, [str(digit) for digit in range(10)]),

@@ -40,7 +40,7 @@ def teacher(tmp_path_factory):
 
 
 def test_a_run_leaves_the_folders_of_the_contract(tmp_path):
-    result = small_run(tmp_path / "run")
+    result = small_run(tmp_path / "run", drawn=True)
     out = tmp_path / "run"
     assert result.nimg == result.total_nimg == 160 and result.signal is None
     config = json.loads((out / "config.json").read_text())
@@ -56,8 +56,8 @@ def test_a_run_leaves_the_folders_of_the_contract(tmp_path):
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) for m in ("edm", "ct", "cd")] + ["ict"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, monkeypatch, teacher, method):
-    teacher = teacher if method == "cd" else None
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, monkeypatch, request, method):
+    teacher = request.getfixturevalue("teacher") if method == "cd" else None
     changes = {"objective.curriculum": "progressive", "objective.s0": 2, "objective.s1": 12} if method in ("cd", "ct") else {}
     if method == "cd":
         changes |= {"objective.mu0": 0.9}

@@ -1,12 +1,14 @@
 """Small runs that the tests of training share: a network of a few thousand weights on the built-in digits."""
 
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from fastcm import runs
+from fastcm.training.monitor import Monitor
 from fastcm.training.run import RunResult
 from fastcm.training.trainer import Trainer
 
@@ -24,11 +26,20 @@ SMALL = {
 
 
 def small_run(
-    out: Path, *, kimg: float = 0.16, method: str | None = None, teacher: str | None = None, callbacks=(), **changes
+    out: Path, *, kimg: float = 0.16, method: str | None = None, teacher: str | None = None, callbacks=(), drawn: bool = False, **changes
 ) -> RunResult:
-    """Trains digits with the small network for `kimg` thousand images (ten steps by default)."""
-    changes = {**SMALL, "duration_kimg": kimg, **changes}
-    return runs.start(runs.plan("digits", method=method, teacher=teacher, out=out, changes=changes), callbacks=callbacks)
+    """Trains digits with the small network for `kimg` thousand images (ten steps by default).
+
+    drawn: with the samples and the self-consistency at its end, a third of a short run's time.
+    """
+    ready = runs.plan("digits", method=method, teacher=teacher, out=out, changes={**SMALL, "duration_kimg": kimg, **changes})
+    with nullcontext() if drawn else undrawn():
+        return runs.start(ready, callbacks=callbacks)
+
+
+def undrawn():
+    """Within, runs end without samples."""
+    return mock.patch.object(Monitor, "finish")
 
 
 @contextmanager

@@ -70,20 +70,20 @@ def test_every_prediction_of_every_schedule(prediction, chain, tmp_path):
     assert ("infinite noise" in load_denoiser(tmp_path)[1]["source"]) == ("rescale_betas_zero_snr" in chain)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"timestep_spacing": "trailing"},
-        {"timestep_spacing": "linspace", "set_alpha_to_one": False},
-        {"steps_offset": 1, "clip_sample": False},
-    ],
-    ids=["leading", "trailing", "linspace", "offset"],
-)
-def test_ddim_draws_the_images_of_the_ddim_pipeline(prediction, settings, tmp_path):
+DDIM = {
+    "leading": {},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace", "set_alpha_to_one": False},
+    "offset": {"steps_offset": 1, "clip_sample": False},
+}
+QUICK = [("leading", "epsilon"), ("trailing", "v_prediction"), ("linspace", "sample"), ("offset", "epsilon")]
+ALL = [(spacing, prediction) for spacing in DDIM for prediction in ("epsilon", "v_prediction", "sample")]
+
+
+@pytest.mark.parametrize(("spacing", "prediction"), [pytest.param(*c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in ALL])
+def test_ddim_draws_the_images_of_the_ddim_pipeline(spacing, prediction, tmp_path):
     unet = random_unet(block_out_channels=(32, 32))
-    pipeline = save_pipeline(tmp_path, unet, "DDIM", prediction_type=prediction, **settings)
+    pipeline = save_pipeline(tmp_path, unet, "DDIM", prediction_type=prediction, **DDIM[spacing])
     generator = load(tmp_path, device="cpu")
     seeds = [7, 8]
     noise = torch.cat([kernels_normal(seed) for seed in seeds])

@@ -182,6 +182,7 @@ def test_openai_to_diffusers_and_back_is_bit_equal(tmp_path):
     assert list(a) == list(c) and all(torch.equal(a[key], c[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_full_size_names_match_diffusers():
     import diffusers
 
