@@ -100,6 +100,14 @@ def exported(student, *options) -> None:
     assert main(["export", str(student), *map(str, options)]) == 0
 
 
+def test_the_command_draws_at_the_weight(student, tmp_path):
+    for weight in (None, OTHER):
+        asked = ["sample", str(student), "--seeds", "5", "--labels", LABEL, "--out", str(tmp_path / "x.npz")]
+        assert main([*asked, "--device", "cpu", *([] if weight is None else ["--guidance", str(weight)])]) == 0
+        expected = np.round((torch_images("told", weight)[SEEDS.index(5)] + 1) * 127.5)
+        assert np.abs(np.load(tmp_path / "x.npz")["arr_0"][0] - expected).max() <= 1
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_kinds_differ_in_what_is_tested(kind):
     """Else an exporter that forgets the weight would pass."""
