@@ -26,6 +26,7 @@ from fastcm.training.methods import TAUGHT_METHODS
 from fastcm.training.parallel import Processes, joined
 from fastcm.training.quantities import kimg, seconds
 from fastcm.training.run import RunResult, check_network, run
+from fastcm.training.run_folder import settings_in
 from fastcm.training.run_logs import RunLog, chosen_logs
 from fastcm.training.starting_point import check_images, like
 from fastcm.training.trainer import Callbacks
@@ -48,6 +49,8 @@ DATA_SETTINGS = ("channels", "labels_file", "image_column", "label_column")
 # Settings of a distillation that the run of its teacher does not share.
 OWN_TO_STUDENT = ("objective.", "optimizer.", "noise.", "duration_kimg", "batch", "microbatch", "init", "guide", "evaluate_every_kimg")
 OWN_TO_STUDENT += ("sampling", "network.default_guidance")
+# Of a teacher that is trained to be guided, where nothing else is given (Ho and Salimans 2022: 0.1 and 0.2 do best).
+LABEL_DROP = 0.1
 PLAN_ARGUMENTS = ("preset", "method", "data", "teacher", "out")
 
 
@@ -145,13 +148,15 @@ def plan(
     if config.method in TAUGHT_METHODS and teacher is None:
         if name in presets.TEACH_THEMSELVES and network is None:
             shared = {field: value for field, value in given.items() if not field.startswith(OWN_TO_STUDENT)}
+            if config.objective.guidance != 1 and config.guide is None and config.network.get("num_classes"):
+                shared = {"label_drop": LABEL_DROP, **shared}
             first = plan(name, method="edm", data=data, out=out.with_name(f"{out.name}-edm"), changes=shared)
             config = replace(config, teacher=str(first.out))
         elif complete:
             raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
     if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
         raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
-    check_labels(config, teacher_model, classes=config.network.get("num_classes") if dataset is None else dataset.class_names)
+    check_labels(config, teacher_model, first, classes=config.network.get("num_classes") if dataset is None else dataset.class_names)
     return Plan(config, dataset, out, network, *models, first)
 
 
@@ -169,7 +174,7 @@ def told_its_weight(config: TrainConfig) -> TrainConfig:
     return replace(config, network={**config.network, "default_guidance": sum(config.objective.guidance) / 2})
 
 
-def check_labels(config: TrainConfig, teacher: tuple[Denoiser, dict] | None, *, classes: object) -> None:
+def check_labels(config: TrainConfig, teacher: tuple[Denoiser, dict] | None, first: Plan | None, *, classes: object) -> None:
     """Refuses labels to drop where there are none, and guidance without an unconditional half, or with weights that nobody is told."""
     if config.label_drop and not classes:
         raise InputError(f"no labels to drop in --label-drop: {config.label_drop}. The run has no classes; leave it out.")
@@ -181,8 +186,8 @@ def check_labels(config: TrainConfig, teacher: tuple[Denoiser, dict] | None, *, 
         return
     if teacher is not None:
         check_guidable(class_names(*teacher), teacher[1], "--guidance")
-    elif config.teacher is not None:  # which the preset trains first, with the same labels dropped
-        check_guidable(classes, {"training": {"method": "edm", "label_drop": config.label_drop}}, "--guidance")
+    elif first is not None:
+        check_guidable(classes, {"training": {"method": "edm", "label_drop": first.config.label_drop}}, "--guidance")
 
 
 def _text(name: str, value: Any) -> Any:
@@ -234,6 +239,7 @@ def start(ready: Plan, *, callbacks: Callbacks = (), processes: Processes | None
     where it is installed.
     """
     if ready.first is not None:
+        settings_in(ready.out)  # refused before its teacher is trained, not after
         result = start(ready.first, callbacks=callbacks, processes=processes, logs=logs)
         if result.signal is not None:
             return result

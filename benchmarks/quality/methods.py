@@ -49,16 +49,17 @@ class Cell:
         return None if self.model is None else f"teacher{slug(self.teaching)}"
 
 
+HEUN = "--method cd --set objective.solver=heun"
 FEATURES = "--set objective.loss_weight=uniform --set objective.distance"
 ECT = Cell("ect", 2, "--method ect", "--init")
 CELLS = (
     Cell("edm, 18 steps of Heun", 1, "--method edm"),
-    Cell("cd, Heun", 4, "--method cd", "--teacher"),
+    Cell("cd, Heun", 4, HEUN, "--teacher"),
     Cell("cd, Euler", 3, "--method cd --set objective.solver=euler", "--teacher"),
-    Cell("cd, Heun, l2", 4, f"--method cd {FEATURES}=l2", "--teacher"),
-    Cell("cd, Heun, classifier distance", 4, f"--method cd {FEATURES}=classifier", "--teacher"),
+    Cell("cd, Heun, l2", 4, f"{HEUN} {FEATURES}=l2", "--teacher"),
+    Cell("cd, Heun, classifier distance", 4, f"{HEUN} {FEATURES}=classifier", "--teacher"),
     # Two calls more: each of the teacher's is one with the class and one without.
-    Cell("cd, Heun, guided by 1.5", 6, "--method cd --guidance 1.5", "--teacher", teaching=" --label-drop 0.1"),
+    Cell("cd, Heun, guided by 1.5", 6, f"{HEUN} --guidance 1.5", "--teacher", teaching=" --label-drop 0.1"),
     Cell("ct, adaptive N and mu", 2, "--method ct --set objective.s1=40"),
     Cell(
         "ct, fixed N and mu",

@@ -20,6 +20,23 @@ def is_run_folder(path: Path) -> bool:
     return config.is_file() and read_json(config).get("format") == FORMAT
 
 
+def settings_in(path: Path) -> dict | None:
+    """The settings of the run that stands there, None where nothing does. InputError for what is no run."""
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise InputError(f"not a folder in --out: {path}. Choose another --out.")
+    if not (path / CONFIG_NAME).exists():
+        foreign = [p.name for p in path.iterdir() if p.name != LOCK_NAME]
+        if foreign:
+            raise InputError(f"folder of something else in --out: {path} (holds {foreign[0]}). Choose an empty or new folder.")
+        return None
+    old = read_json(path / CONFIG_NAME)
+    if old.pop("format", None) != FORMAT or old.pop("version", None) != VERSION:
+        raise InputError(f"not a run of this fastcm in --out: {path}. Choose another --out.")
+    return old
+
+
 class RunFolder:
     """`config.json`, `log.jsonl`, `samples/`, `checkpoints/`, `snapshots/`, `model/`.
 
@@ -50,18 +67,9 @@ class RunFolder:
             write_json(path / CONFIG_NAME, {"format": FORMAT, "version": VERSION, **settings})
 
     def _check_existing(self, settings: dict) -> dict | None:
-        if not self.path.exists():
+        old = settings_in(self.path)
+        if old is None:
             return None
-        if not self.path.is_dir():
-            raise InputError(f"not a folder in --out: {self.path}. Choose another --out.")
-        if not (self.path / CONFIG_NAME).exists():
-            foreign = [p.name for p in self.path.iterdir() if p.name != LOCK_NAME]
-            if foreign:
-                raise InputError(f"folder of something else in --out: {self.path} (holds {foreign[0]}). Choose an empty or new folder.")
-            return None
-        old = read_json(self.path / CONFIG_NAME)
-        if old.pop("format", None) != FORMAT or old.pop("version", None) != VERSION:
-            raise InputError(f"not a run of this fastcm in --out: {self.path}. Choose another --out.")
         try:
             self.notes += check_resumed(old, settings, self.path)
         except (KeyError, TypeError, AttributeError) as error:

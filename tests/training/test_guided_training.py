@@ -10,7 +10,7 @@ import torch
 from test_training import assert_same, stop_after, weights
 from training_runs import recorded_losses, small_run
 
-from fastcm import kernels, runs
+from fastcm import kernels, presets, runs
 from fastcm.consistency.denoiser import Denoiser
 from fastcm.errors import InputError
 from fastcm.generation.generator import Generator
@@ -139,13 +139,28 @@ def test_the_estimates_of_a_guided_run_count_what_guides(teacher):
 
 
 def test_the_preset_makes_a_teacher_that_can_be_guided():
-    ready = runs.plan(data=(PICTURES, LABELS), method="cd", changes={"guidance": (1, 3), "label_drop": 0.1})
+    ready = runs.plan(data=(PICTURES, LABELS), method="cd", changes={"guidance": (1, 3)})
     assert ready.first.config.label_drop == 0.1 and ready.first.config.network.get("default_guidance") is None
-    assert ready.config.network["default_guidance"] == 2.0
+    assert ready.config.network["default_guidance"] == 2.0 and ready.config.label_drop == 0
     with pytest.raises(InputError, match="the model always saw its labels. .*--label-drop 0.1"):
-        runs.plan(data=(PICTURES, LABELS), method="cd", changes={"guidance": (1, 3)})
+        runs.plan(data=(PICTURES, LABELS), method="cd", changes={"guidance": (1, 3), "label_drop": 0})
     with pytest.raises(InputError, match="no unconditional half in --guidance: the model has no classes"):
         runs.plan(data=PICTURES, method="cd", changes={"guidance": 2})
+
+
+def test_the_usual_distillation_is_guided_where_its_teacher_is_made_for_it():
+    for given, weight, drop in (({}, 1.5, 0.1), ({"guidance": 1}, 1, 0), ({"guidance": 3, "label_drop": 0.3}, 3, 0.3)):
+        ready = runs.plan("mnist", changes=given)
+        assert (ready.config.method, ready.config.objective.guidance, ready.first.config.label_drop) == ("cd", weight, drop)
+    assert runs.plan(data=PICTURES, method="cd").config.objective.guidance == 1
+    assert presets.preset("mnist", method="cd", teacher="somebody's").objective.guidance == 1
+
+
+def test_a_teacher_is_not_trained_for_a_folder_of_something_else(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(runs, "run", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(InputError, match=r"folder of something else in --out: .* \(holds notes.txt\)"):
+        runs.start(runs.plan("mnist", out=tmp_path))
 
 
 def test_a_run_of_an_earlier_version_goes_on():
