@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def training_speeds(turns: int = 5) -> dict[int, float]:
     """Images per second of each patch's training passes: the median of `turns` turns."""
-    preset = presets.preset("mnist", method=None)
+    preset = presets.preset("mnist", method="ict")
     configs = {patch: replace(preset, network={**preset.network, **own}) for patch, own in NETWORKS.items()}
     speeds = [{patch: images_per_s(config) for patch, config in configs.items()} for _ in range(turns)]
     return {patch: float(np.median([turn[patch] for turn in speeds])) for patch in configs}
@@ -63,7 +63,7 @@ def train(patch: int, kimg: float, seeds: list[int]) -> Row:
     reports = []
     for seed in seeds:
         out = RUNS / f"{patch}-{seed}"
-        call(f"fastcm train mnist {settings} --duration {kimg}kimg --seed {seed} --out {out}")
+        call(f"fastcm train mnist --method ict {settings} --duration {kimg}kimg --seed {seed} --out {out}")
         evaluation = out / "evaluation.json"
         call(f"fastcm evaluate {out} --data mnist --metrics accuracy,fd --json {evaluation}")
         reports.append(json.loads(evaluation.read_text(encoding="utf-8"))["sets"])
@@ -72,7 +72,7 @@ def train(patch: int, kimg: float, seeds: list[int]) -> Row:
         for sets in zip(*reports, strict=True)
         for name, read in (("accuracy", lambda row: row["accuracy"]), ("fd_ratio", lambda row: row["fd"]["ratio"]))
     }
-    command = f"fastcm train mnist {settings} --duration {kimg}kimg"
+    command = f"fastcm train mnist --method ict {settings} --duration {kimg}kimg"
     return {"seeds": seeds, **figures, "command": command}
 
 
