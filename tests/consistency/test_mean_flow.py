@@ -142,7 +142,7 @@ def test_every_form_has_the_loss_of_its_average_velocity(form):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("velocity", ["data", "network"])
+@pytest.mark.parametrize("velocity", ["data", pytest.param("network", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "options"), [("adm", {**ADM, "second_time": "gap"}), ("song", {**SONG, "second_time": "end"})])
 def test_jvp_and_difference_agree_and_are_not_zero(kind, options, velocity):
     student = Denoiser(filled(kind, {**options, "dropout": 0.0}), FLOW)

@@ -41,6 +41,7 @@ def test_frechet_agrees_with_scipy(rng, size):
     assert metrics.frechet(a, b) == pytest.approx(expected, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_frechet_agrees_with_torchmetrics(rng):
     fid = pytest.importorskip("torchmetrics.image.fid")
     a, b = gaussian(rng, 200, 12), gaussian(rng, 200, 12, shift=1.0)
@@ -61,6 +62,7 @@ def test_moments_are_those_of_numpy(rng):
     np.testing.assert_allclose(covariance, np.cov(a.T), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_kernel_distance_agrees_with_torchmetrics(rng):
     kid = pytest.importorskip("torchmetrics.image.kid")
     a, b = gaussian(rng, 60, 8), gaussian(rng, 60, 8, shift=0.5)

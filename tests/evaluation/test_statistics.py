@@ -85,6 +85,7 @@ def test_inception_score_of_known_cases():
     assert scores_of(np.zeros((50, 7)), splits=5) == pytest.approx(np.ones(5))
 
 
+@pytest.mark.slow
 def test_inception_score_agrees_with_torchmetrics(rng):
     inception = pytest.importorskip("torchmetrics.image.inception")
     logits = rng.normal(size=(200, 12)) * 3

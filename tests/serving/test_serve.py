@@ -294,6 +294,7 @@ def test_options_are_checked(capsys, model, options, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named(capsys, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

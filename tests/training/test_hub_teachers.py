@@ -72,7 +72,12 @@ def test_distillation_follows_its_teacher_in_every_form(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "base", "form"), [("ect", "epsilon", "epsilon"), ("ect", "sample", "sample-boundary"), ("edm", "v", "v")]
+    ("method", "base", "form"),
+    [
+        ("ect", "sample", "sample-boundary"),
+        pytest.param("ect", "epsilon", "epsilon", marks=pytest.mark.slow),
+        pytest.param("edm", "v", "v", marks=pytest.mark.slow),
+    ],
 )
 def test_tuning_starts_from_a_model_and_keeps_its_form(method, base, form, tmp_path):
     init = save_teacher(tmp_path / "teacher", base, num_classes=10)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training_runs import small_run
+from training_runs import small_run, undrawn
 
 from fastcm import cli, runs
 from fastcm.api import load_denoiser
@@ -67,7 +67,11 @@ def test_every_other_weight_is_copied(teacher):
 
 @pytest.mark.parametrize(
     ("c_noise", "tangent", "second_time"),
-    [("250 ln sigma", "finite-difference", "end"), ("arctan(sigma / sigma_data)", "jvp", "end"), ("sigma / (1 + sigma)", "jvp", "gap")],
+    [
+        ("sigma / (1 + sigma)", "jvp", "gap"),
+        pytest.param("250 ln sigma", "finite-difference", "end", marks=pytest.mark.slow),
+        pytest.param("arctan(sigma / sigma_data)", "jvp", "end", marks=pytest.mark.slow),
+    ],
 )
 def test_a_diffusion_model_is_where_meanflow_starts(teacher, tmp_path, c_noise, tangent, second_time):
     given, info = load_denoiser(teacher)
@@ -76,7 +80,8 @@ def test_a_diffusion_model_is_where_meanflow_starts(teacher, tmp_path, c_noise, 
     ready = runs.plan("digits", method="meanflow", out=tmp_path / "run", changes={**QUICK, "lr": 1e-12, "init": str(tmp_path / "edm")})
     assert (ready.config.noise, ready.config.objective.tangent) == (theirs.preconditioning, tangent)
     assert ready.config.network == {**network_config(theirs.network), "second_time": second_time}
-    runs.start(ready)
+    with undrawn():
+        runs.start(ready)
     ours = load_denoiser(tmp_path / "run")[0]
     x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 20.0]), torch.tensor([1, 2, 3])
     torch.testing.assert_close(ours(x, sigma, labels), theirs(x, sigma, labels), rtol=1e-4, atol=1e-5)

@@ -47,19 +47,32 @@ def test_every_kind_of_network_predicts_the_same_epsilon(name, tmp_path):
     assert denoiser.network.kind == ("adm" if name == "adm" else "unet2d")
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(
-    "chain",
-    [
-        {},
-        {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.012},
-        {"beta_schedule": "squaredcos_cap_v2"},
-        {"trained_betas": [0.0005 + 0.00002 * i for i in range(1000)]},
-        {"rescale_betas_zero_snr": True},
-    ],
-    ids=["linear", "scaled", "cosine", "trained", "zero snr"],
-)
-def test_every_prediction_of_every_schedule(prediction, chain, tmp_path):
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+CHAINS = {
+    "linear": {},
+    "scaled": {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": [0.0005 + 0.00002 * i for i in range(1000)]},
+    "zero snr": {"rescale_betas_zero_snr": True},
+}
+DDIM = {
+    "leading": {},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace", "set_alpha_to_one": False},
+    "offset": {"steps_offset": 1, "clip_sample": False},
+}
+
+
+def each_pair(names):
+    """Each name with each prediction: for every run one prediction a name, in turn."""
+    for row, name in enumerate(names):
+        for column, prediction in enumerate(PREDICTIONS):
+            yield pytest.param(name, prediction, marks=[pytest.mark.slow] * ((row - column) % 3 != 0))
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), each_pair(CHAINS))
+def test_every_prediction_of_every_schedule(schedule, prediction, tmp_path):
+    chain = CHAINS[schedule]
     unet = random_unet(block_out_channels=(32, 32))
     save_pipeline(tmp_path, unet, prediction_type=prediction, **chain)
     difference, denoiser = parity(tmp_path, unet, steps=torch.tensor([150, 400, 850]))
@@ -70,17 +83,7 @@ def test_every_prediction_of_every_schedule(prediction, chain, tmp_path):
     assert ("infinite noise" in load_denoiser(tmp_path)[1]["source"]) == ("rescale_betas_zero_snr" in chain)
 
 
-DDIM = {
-    "leading": {},
-    "trailing": {"timestep_spacing": "trailing"},
-    "linspace": {"timestep_spacing": "linspace", "set_alpha_to_one": False},
-    "offset": {"steps_offset": 1, "clip_sample": False},
-}
-QUICK = [("leading", "epsilon"), ("trailing", "v_prediction"), ("linspace", "sample"), ("offset", "epsilon")]
-ALL = [(spacing, prediction) for spacing in DDIM for prediction in ("epsilon", "v_prediction", "sample")]
-
-
-@pytest.mark.parametrize(("spacing", "prediction"), [pytest.param(*c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in ALL])
+@pytest.mark.parametrize(("spacing", "prediction"), each_pair(DDIM))
 def test_ddim_draws_the_images_of_the_ddim_pipeline(spacing, prediction, tmp_path):
     unet = random_unet(block_out_channels=(32, 32))
     pipeline = save_pipeline(tmp_path, unet, "DDIM", prediction_type=prediction, **DDIM[spacing])

@@ -174,6 +174,7 @@ def test_a_token_opens_a_private_repository(server, model_files, monkeypatch):
     assert images("hf:a/model").shape == (2, 8, 8, 3) and not server.leaked
 
 
+@pytest.mark.slow
 def test_uploads(server, model_files, tmp_path, capsys, monkeypatch):
     """`convert SRC hf:owner/name` after --yes, private unless --public; push_to_hub and save_pretrained from Python; loaded again."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
