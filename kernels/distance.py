@@ -130,34 +130,17 @@ def _distance_fwd_kernel(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A program with a whole sample: its distance and gradient. Else its part of the sum; the gradient lacks the factor of `_finished`."""
     i_b, o, m = sample_block(N, BLOCK)
     term, slope = _terms(_difference(student, target, i_b, o, m, N, INNER, INNER_TARGET), N, KIND)
-    distance_, factor = _finished(tl.sum(term, 0), c, KIND)
-    w = tl.load(weight + i_b * weight_stride)
-    tl.store(value + i_b, w * distance_)
+    total, w = tl.sum(term, 0), tl.load(weight + i_b * weight_stride)
+    scale = w
+    if N <= BLOCK:
+        distance_, factor = _finished(total, c, KIND)
+        total, scale = w * distance_, w * factor
+    tl.store(value + tl.program_id(0), total)
     if gradient is not None:
-        _store_gradient(gradient, student, slope * (w * factor), i_b, o, m, N)
-
-
-@triton.jit
-def _distance_partial_kernel(
-    student,
-    target,
-    weight,
-    weight_stride: tl.constexpr,
-    partial,
-    gradient,
-    N: tl.constexpr,
-    INNER: tl.constexpr,
-    INNER_TARGET: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i_b, o, m = sample_block(N, BLOCK)
-    term, slope = _terms(_difference(student, target, i_b, o, m, N, INNER, INNER_TARGET), N, KIND)
-    tl.store(partial + tl.program_id(0), tl.sum(term, 0))
-    if gradient is not None:
-        _store_gradient(gradient, student, slope * tl.load(weight + i_b * weight_stride), i_b, o, m, N)
+        _store_gradient(gradient, student, slope * scale, i_b, o, m, N)
 
 
 @triton.jit
@@ -198,20 +181,7 @@ def _distance_bwd_kernel(gradient, upstream, stride, N: tl.constexpr, BLOCK: tl.
 def _launch_fwd(
     x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c, needs_gradient
 ):
-    value, gradient = outputs = _empty_outputs(
-        x_student,
-        F_student,
-        c_skip_student,
-        c_out_student,
-        x_target,
-        F_target,
-        c_skip_target,
-        c_out_target,
-        weight,
-        kind,
-        c,
-        needs_gradient,
-    )
+    value, gradient = outputs = _empty_outputs(x_student, F_student, needs_gradient)
     batch, n = value.shape[0], F_student[0].numel() if F_student.shape[0] else 0
     if batch == 0 or n == 0:
         return value.zero_(), gradient
@@ -246,7 +216,7 @@ def _launch_split(sides, weight, value, gradient, c, constants):
     partial = torch.empty(batch, chunks, device=value.device)
     rescaled = gradient is not None and kind == "pseudo_huber"
     unscaled = torch.empty_like(gradient, dtype=torch.float32) if rescaled and gradient.dtype != torch.float32 else gradient
-    _distance_partial_kernel[(batch * chunks,)](*sides, *weight, partial, unscaled, **constants, BLOCK=CHUNK, num_warps=16)
+    _distance_fwd_kernel[(batch * chunks,)](*sides, *weight, partial, unscaled, c, **constants, BLOCK=CHUNK, num_warps=16)
     block, warps = block_and_warps(n, 1024)
     _distance_finish_kernel[(batch * (triton.cdiv(n, block) if rescaled else 1),)](
         partial,
@@ -274,11 +244,9 @@ def _launch_bwd(gradient: Tensor, upstream: Tensor) -> None:
             )
 
 
-def _empty_outputs(
-    x_student, F_student, c_skip_student, c_out_student, x_target, F_target, c_skip_target, c_out_target, weight, kind, c, needs_gradient
-):
+def _empty_outputs(x_student, F_student, *others):
     value = torch.empty(x_student.shape[0], dtype=torch.float32, device=x_student.device)
-    return value, torch.empty_like(dense(F_student)) if needs_gradient else F_student.new_empty(0)
+    return value, torch.empty_like(dense(F_student)) if others[-1] else F_student.new_empty(0)
 
 
 @torch.library.custom_op("fastcm::distance", mutates_args=())

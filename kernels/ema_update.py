@@ -69,4 +69,3 @@ def _ema_update_op(average: Tensor, source: Tensor, decay: Tensor | None, rate: 
 
 
 launch.register(_ema_update_op, _launch_fwd)
-_ema_update_op.register_fake(lambda average, source, decay, rate: None)

@@ -75,11 +75,7 @@ def _normalized(x, groups, weight, bias, eps):
 @triton.jit
 def _group_norm_fwd_kernel(
     x,
-    weight,
-    bias,
-    scale,
-    shift,
-    stride,
+    modulation,
     out,
     mean,
     rstd,
@@ -101,7 +97,7 @@ def _group_norm_fwd_kernel(
     o_group, m_group = i_b * (C // D) + o_c // D, m_c & (o_c % D == 0)
     tl.store(mean + o_group, b_mean, m_group)
     tl.store(rstd + o_group, b_rstd, m_group)
-    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, b = affine(modulation, i_b, o_c, m_c)
     A *= b_rstd
     tl.store(out + o, activated(centred * A[None, :] + b[None, :], SILU).to(out.dtype.element_ty), m)
 
@@ -110,11 +106,7 @@ def _group_norm_fwd_kernel(
 def _group_norm_bwd_kernel(
     x,
     grad,
-    weight,
-    bias,
-    scale,
-    shift,
-    stride,
+    modulation,
     mean,
     rstd,
     grad_x,
@@ -130,7 +122,7 @@ def _group_norm_bwd_kernel(
 ):
     i_b, o_c, m_c, o, m = slab_place(C, HW, CHANNELS, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
-    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, b = affine(modulation, i_b, o_c, m_c)
     slope = A * b_rstd
     centred, dv = centred_and_dv(x, grad, o, m, b_mean, slope, b, SILU)
     S1, S2 = tl.sum(dv, 0), tl.sum(dv * centred, 0) * b_rstd
@@ -144,11 +136,7 @@ def _group_norm_bwd_kernel(
 @triton.jit
 def _split_output_kernel(
     x,
-    weight,
-    bias,
-    scale,
-    shift,
-    stride,
+    modulation,
     out,
     mean,
     rstd,
@@ -161,7 +149,7 @@ def _split_output_kernel(
 ):
     i_b, o_c, m_c, o, m = pixel_tile(C, HW, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
-    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, b = affine(modulation, i_b, o_c, m_c)
     A *= b_rstd
     centred = tl.load(x + o, m, other=0.0).to(tl.float32) - b_mean[None, :]
     tl.store(out + o, activated(centred * A[None, :] + b[None, :], SILU).to(out.dtype.element_ty), m)
@@ -171,11 +159,7 @@ def _split_output_kernel(
 def _split_sums_kernel(
     x,
     grad,
-    weight,
-    bias,
-    scale,
-    shift,
-    stride,
+    modulation,
     mean,
     rstd,
     partial,
@@ -193,7 +177,7 @@ def _split_sums_kernel(
     first = i_chunk * PIXELS
     last = tl.minimum(first + PIXELS, HW)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
-    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, b = affine(modulation, i_b, o_c, m_c)
     A *= b_rstd
     S1, S2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_P):
@@ -210,11 +194,7 @@ def _split_sums_kernel(
 @triton.jit
 def _split_reduce_kernel(
     partial,
-    weight,
-    bias,
-    scale,
-    shift,
-    stride,
+    modulation,
     sums,
     means,
     CHUNKS,
@@ -229,7 +209,7 @@ def _split_reduce_kernel(
     S1, S2 = tl.sum(tl.load(partial + o, m, other=0.0), 0), tl.sum(tl.load(partial + C + o, m, other=0.0), 0)
     tl.store(sums + 2 * i_b * C + o_c, S1, m_c)
     tl.store(sums + (2 * i_b + 1) * C + o_c, S2, m_c)
-    A, _b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, _b = affine(modulation, i_b, o_c, m_c)
     p_means = means + i_group + i_b * (C // D)
     tl.store(p_means, tl.sum(tl.where(m_c, A * S1, 0.0), 0) / (HW * D))
     tl.store(p_means + C // D, tl.sum(tl.where(m_c, A * S2, 0.0), 0) / (HW * D))
@@ -239,11 +219,7 @@ def _split_reduce_kernel(
 def _split_gradient_kernel(
     x,
     grad,
-    weight,
-    bias,
-    scale,
-    shift,
-    stride,
+    modulation,
     mean,
     rstd,
     means,
@@ -258,7 +234,7 @@ def _split_gradient_kernel(
     i_b, o_c, m_c, o, m = pixel_tile(C, HW, BLOCK_P, BLOCK_C)
     b_mean, b_rstd = statistics_of(mean, rstd, i_b, o_c, m_c, C, D)
     mean_1, mean_2 = statistics_of(means, means + C // D, 2 * i_b, o_c, m_c, C, D)
-    A, b = affine(weight, bias, scale, shift, stride, i_b, o_c, m_c)
+    A, b = affine(modulation, i_b, o_c, m_c)
     slope = A * b_rstd
     centred, dv = centred_and_dv(x, grad, o, m, b_mean, slope, b, SILU)
     b_grad_x = input_gradient(centred, dv, slope, b_rstd, mean_1, mean_2)
@@ -278,8 +254,8 @@ def slab_of(channels: int, groups: int, pixels: int, itemsize: int, *, backward:
     return slab | {"num_warps": max(1, min(16, block_c * block_p * itemsize // 2048))}
 
 
-def _affine_inputs(weight, bias, scale, shift):
-    """The arguments of `affine` in its order. scale and shift may be the halves of one matrix [B, 2 C]: their rows share a stride."""
+def _modulation(weight, bias, scale, shift):
+    """What `affine` takes. scale and shift may be the halves of one matrix [B, 2 C]: their rows share a stride."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if scale is not None and (scale.stride() != shift.stride() or scale.stride(1) != 1):
         scale, shift = scale.contiguous(), shift.contiguous()
@@ -295,17 +271,17 @@ def _launch_fwd(x, groups, weight, bias, eps, scale, shift, silu):
     if x.numel() == 0:
         return outputs
     channels, pixels, constants = x.shape[1], x.shape[2] * x.shape[3], _constants(x, groups, silu)
-    affine = _affine_inputs(weight, bias, scale, shift)
+    modulation = _modulation(weight, bias, scale, shift)
     slab = slab_of(channels, groups, pixels, x.element_size(), backward=False)
     with launch.device_guard(x):
         if slab is not None:
             _group_norm_fwd_kernel[(x.shape[0] * triton.cdiv(channels, slab["CHANNELS"]),)](
-                x, *affine, out, mean, rstd, eps, **constants, **slab
+                x, modulation, out, mean, rstd, eps, **constants, **slab
             )
             return outputs
         mean, rstd = launch_statistics(x, groups, eps)
         grid = split_grid(x, groups)
-        _split_output_kernel[(grid.columns * grid.tiles,)](x, *affine, out, mean, rstd, **constants, **grid.tile)
+        _split_output_kernel[(grid.columns * grid.tiles,)](x, modulation, out, mean, rstd, **constants, **grid.tile)
     return out, mean, rstd
 
 
@@ -315,8 +291,8 @@ def _launch_bwd(grad, x, groups, weight, bias, scale, shift, silu, mean, rstd):
         return grad_x, sums.zero_()
     grad = grad.contiguous(memory_format=torch.channels_last)
     batch, channels, pixels, constants = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], _constants(x, groups, silu)
-    affine = _affine_inputs(weight, bias, scale, shift)
-    inputs = (x, grad, *affine, mean, rstd)
+    modulation = _modulation(weight, bias, scale, shift)
+    inputs = (x, grad, modulation, mean, rstd)
     slab = slab_of(channels, groups, pixels, x.element_size(), backward=True)
     with launch.device_guard(x):
         if slab is not None:
@@ -327,7 +303,7 @@ def _launch_bwd(grad, x, groups, weight, bias, scale, shift, silu, mean, rstd):
         means = torch.empty((batch, 2, groups), dtype=torch.float32, device=x.device)
         _split_sums_kernel[(grid.columns, grid.chunks)](*inputs, partial, grid.chunk_pixels, **constants, **grid.tile)
         _split_reduce_kernel[(batch * groups,)](
-            partial, *affine, sums, means, grid.chunks, C=channels, HW=pixels, D=constants["D"], **grid.group_tile
+            partial, modulation, sums, means, grid.chunks, C=channels, HW=pixels, D=constants["D"], **grid.group_tile
         )
         _split_gradient_kernel[(grid.columns * grid.tiles,)](*inputs, means, grad_x, **constants, **grid.tile)
     return outputs

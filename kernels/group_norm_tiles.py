@@ -7,8 +7,9 @@ MATH = tl.constexpr(launch.MATH)
 
 
 @triton.jit
-def affine(weight, bias, scale, shift, stride, i_b, o_c, m_c):
-    """A and b [channels] of the module docstring: v = y A + b."""
+def affine(modulation, i_b, o_c, m_c):
+    """A and b [channels] of the module docstring, v = y A + b, from modulation = (weight, bias, scale, shift, the stride of both)."""
+    weight, bias, scale, shift, stride = modulation
     b_weight = tl.full(o_c.shape, 1.0, tl.float32) if weight is None else tl.load(weight + o_c, m_c, other=0.0).to(tl.float32)
     b_bias = tl.full(o_c.shape, 0.0, tl.float32) if bias is None else tl.load(bias + o_c, m_c, other=0.0).to(tl.float32)
     if scale is not None:

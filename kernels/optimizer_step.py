@@ -379,33 +379,6 @@ def _optimizer_step_op(
 launch.register(_optimizer_step_op, _launch_fwd)
 
 
-@_optimizer_step_op.register_fake
-def _(
-    kind,
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    lr,
-    grad_norm,
-    eps,
-    weight_decay,
-    clip,
-    beta1,
-    beta2,
-    averages,
-    target,
-    mu,
-    decays,
-    low_precision,
-    target_low_precision,
-    unit_rows,
-    tiles,
-):
-    return None
-
-
 def _check_buffers(param, grad, buffers, copies):
     op, n = "optimizer_step", param.shape
     low = (torch.bfloat16, torch.float16)

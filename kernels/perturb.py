@@ -57,17 +57,7 @@ def perturb(
     return perturb_reference(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
 
 
-def perturb_reference(
-    images: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    sigma_hi: Tensor,
-    sigma_lo: Tensor | None,
-    c_in_hi: Tensor | None,
-    c_in_lo: Tensor | None,
-    flip: Tensor | None,
-    dtype: torch.dtype,
-) -> Perturbed:
+def perturb_reference(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype):
     """The definition, in torch."""
     batch = images.shape[0]
     z = normal_reference(seed.expand(batch), position, images.shape[1:], STREAM_TRAINING_NOISE)
@@ -179,17 +169,7 @@ def _perturb_kernel(
         noise_lane(p_x_lo, p_scaled_lo, b_sigma_lo, b_c_in_lo, o_sample, o_i, b3, z3, 3, N, BLOCK)
 
 
-def _launch_perturb(
-    images: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    sigma_hi: Tensor,
-    sigma_lo: Tensor | None,
-    c_in_hi: Tensor | None,
-    c_in_lo: Tensor | None,
-    flip: Tensor | None,
-    dtype: torch.dtype,
-) -> list[Tensor]:
+def _launch_perturb(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype):
     x_hi, x_lo, scaled_hi, scaled_lo = outputs = _fake_perturb(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype)
     batch, elements = images.shape[0], images[0].numel() if images.shape[0] else 0
     if x_hi.numel() == 0:
@@ -221,17 +201,7 @@ def _launch_perturb(
     return outputs
 
 
-def _fake_perturb(
-    images: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    sigma_hi: Tensor,
-    sigma_lo: Tensor | None,
-    c_in_hi: Tensor | None,
-    c_in_lo: Tensor | None,
-    flip: Tensor | None,
-    dtype: torch.dtype,
-) -> list[Tensor]:
+def _fake_perturb(images, seed, position, sigma_hi, sigma_lo, c_in_hi, c_in_lo, flip, dtype):
     """x_hi, x_lo, scaled_hi, scaled_lo, uninitialised; those not asked for are empty, because an op cannot return None in a list."""
     kinds = ((sigma_hi, torch.float32), (sigma_lo, torch.float32), (c_in_hi, dtype), (c_in_lo, dtype))
     return [images.new_empty(images.shape if asked is not None else (0,), dtype=kind) for asked, kind in kinds]
