@@ -43,25 +43,34 @@ def rounds(
     settle_s: idle time before each turn, in which the worker threads of the one before go to sleep. warm: calls of a turn before the one
     that counts, which find its own threads asleep and its caches cold.
     """
-    times, clock = {name: [] for name in calls}, clock or time.perf_counter_ns
-    order, shuffle = list(calls), random.Random(0).shuffle
-    with _no_collection():
-        began, done = time.perf_counter(), 0
-        while limits.go_on(done, began):
-            shuffle(order)
-            for name in order:
-                time.sleep(settle_s)
-                for _ in range(warm):
-                    calls[name](done)
-                start = clock()
-                calls[name](done)
-                times[name].append((clock() - start) / 1e6)
-            done += 1
-    return {name: np.array(values) for name, values in times.items()}
+    clock = clock or time.perf_counter_ns
+
+    def milliseconds(call: Callable[[int], object], done: int) -> float:
+        time.sleep(settle_s)
+        for _ in range(warm):
+            call(done)
+        start = clock()
+        call(done)
+        return (clock() - start) / 1e6
+
+    return _in_turns(calls, limits, milliseconds)
 
 
 def device_rounds(calls: dict[str, Callable[[], object]], limits: Limits) -> dict[str, np.ndarray]:
     """As `rounds`, between two events on the current CUDA stream: without what the host does before and after."""
+
+    def milliseconds(call: Callable[[], object], _: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return _in_turns(calls, limits, milliseconds)
+
+
+def _in_turns(calls: dict[str, Callable], limits: Limits, milliseconds: Callable[[Callable, int], float]) -> dict[str, np.ndarray]:
     times = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     with _no_collection():
@@ -69,12 +78,7 @@ def device_rounds(calls: dict[str, Callable[[], object]], limits: Limits) -> dic
         while limits.go_on(done, began):
             shuffle(order)
             for name in order:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                calls[name]()
-                end.record()
-                end.synchronize()
-                times[name].append(start.elapsed_time(end))
+                times[name].append(milliseconds(calls[name], done))
             done += 1
     return {name: np.array(values) for name, values in times.items()}
 

@@ -17,7 +17,6 @@ from fastcm.errors import ARRAY_FILE_ERRORS, InputError
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IDX_NAME = re.compile(r"(.*[-._])?idx\d?([-._]?ubyte|[-._]?int)?(\.gz)?|.*ubyte(\.gz)?", re.IGNORECASE)
 IDX_IMAGES = re.compile(r"(.*)images([-.])idx3([-.])ubyte(\.gz)?", re.IGNORECASE)
-MAX_DIMENSIONS = 4
 
 
 class Arrays(NamedTuple):

@@ -17,7 +17,6 @@ from fastcm.generation.tensorrt_bindings import RUNTIMES, bindings, logger
 from fastcm.weights.fields import check_model_fields
 
 FORMAT, VERSION = "fastcm-plan", 1
-SUFFIXES = (".plan", ".engine")
 # Images of the first call that are compared with ONNX Runtime's.
 COMPARED = 4
 log = logging.getLogger("fastcm")

@@ -27,7 +27,7 @@ CLIP = 256.0  # of activations, for fp16 (appendix D.2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM2UNetConfig:
+class EDM2UNetConfig(patches.Levels):
     """Options of `EDM2UNet`; the defaults are size S for ImageNet-64, unconditional. Sizes in pixels, widths in channels.
 
     channels: XS 128, S 192, M 256, L 320, XL 384, XXL 448.
@@ -61,15 +61,6 @@ class EDM2UNetConfig:
             if level == len(self.widths) - 1 or self.pixels(level) in self.attention_resolutions:
                 remedy = f"It must divide an attention layer's {width} channels."
                 require(width % self.head_channels == 0, "head_channels", self.head_channels, remedy)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from the first down."""
-        return tuple(int(self.channels * mult) for mult in self.channel_mult)
-
-    def pixels(self, level: int) -> int:
-        """Places a side of a level's feature maps: pixels where patch is 1."""
-        return patches.first_side(self) >> level
 
     def dropout_at(self, pixels: int) -> float:
         """Dropout of a block whose output has `pixels` a side."""

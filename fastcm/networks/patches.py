@@ -15,6 +15,19 @@ def first_side(config) -> int:
     return -(-config.resolution // (config.patch * halvings)) * halvings
 
 
+class Levels:
+    """The levels of a U-Net, each half the side of the one before: what its configuration, a dataclass, inherits."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, from the first down."""
+        return tuple(int(self.channels * mult) for mult in self.channel_mult)
+
+    def pixels(self, level: int) -> int:
+        """Places a side of a level's feature maps: pixels where patch is 1."""
+        return first_side(self) >> level
+
+
 def is_plain(config) -> bool:
     """True where the layers see the image itself, as other people's formats have it."""
     return config.patch == 1 and first_side(config) == config.resolution

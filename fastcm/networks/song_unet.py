@@ -31,7 +31,7 @@ RESIDUAL_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 
 
 @dataclass(frozen=True, kw_only=True)
-class SongUNetConfig:
+class SongUNetConfig(patches.Levels):
     """Options of `SongUNet`; the defaults are EDM's DDPM++ for CIFAR-10, unconditional, without augmentation labels.
 
     NCSN++ is embedding="fourier", channel_mult_noise=2, encoder="residual", resample_filter=(1, 3, 3, 1).
@@ -77,15 +77,6 @@ class SongUNetConfig:
         even = len(taps) >= 2 and len(taps) % 2 == 0 and sum(taps) != 0
         require(even, "resample_filter", taps, "Give an even number of taps, e.g. 1,1 or 1,3,3,1.")
         require_levels(self)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from the first down."""
-        return tuple(int(self.channels * mult) for mult in self.channel_mult)
-
-    def pixels(self, level: int) -> int:
-        """Places a side of a level's feature maps: pixels where patch is 1."""
-        return patches.first_side(self) >> level
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:

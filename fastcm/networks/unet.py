@@ -39,7 +39,7 @@ from fastcm.networks.checks import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(patches.Levels):
     """Options of `UNet`; the defaults are the published ImageNet-64 model's, unconditional. Sizes in pixels, widths in channels."""
 
     resolution: int = 64
@@ -81,15 +81,6 @@ class UNetConfig:
                 require(
                     width % getattr(self, name) == 0, name, getattr(self, name), f"It must divide an attention layer's {width} channels."
                 )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from the first down."""
-        return tuple(int(self.channels * mult) for mult in self.channel_mult)
-
-    def pixels(self, level: int) -> int:
-        """Places a side of a level's feature maps: pixels where patch is 1."""
-        return patches.first_side(self) >> level
 
     @property
     def groups(self) -> int:

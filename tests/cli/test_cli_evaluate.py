@@ -6,28 +6,17 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from evaluated_models import model_folder, quick_judge, run
+from evaluated_models import judged_quickly, model_folder, run  # noqa: F401
 
-from fastcm import cli, evaluation
+from fastcm import cli
 from fastcm.cli.evaluate_sets import CALLS
 from fastcm.consistency.betas import Betas
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.data.dataset import open_dataset
-from fastcm.evaluation import halves
 from fastcm.generation import pictures
 from fastcm.generation.generator import Generator
 
-
-@pytest.fixture(scope="module")
-def judge():
-    with pytest.MonkeyPatch.context() as patch:
-        return quick_judge(patch)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, judge):
-    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed, cache, held_out: judge)
-    monkeypatch.setattr(halves, "SPLITS", 5)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

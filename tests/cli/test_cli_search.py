@@ -4,30 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from evaluated_models import model_folder, quick_judge, run
+from evaluated_models import judged_quickly, model_folder, run  # noqa: F401
 
-from fastcm import evaluation
 from fastcm.api import load
 from fastcm.cli.evaluate_search import trained_levels
 from fastcm.consistency.denoiser import Preconditioning
-from fastcm.evaluation import halves, timestep_search
+from fastcm.evaluation import timestep_search
 from fastcm.generation.generator import Generator
 
 
-@pytest.fixture(scope="module")
-def judge():
-    with pytest.MonkeyPatch.context() as patch:
-        return quick_judge(patch)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, judge):
-    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed, cache, held_out: judge)
-    monkeypatch.setattr(halves, "SPLITS", 5)
-
-
 @pytest.mark.slow
-def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch):
+def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch, quick):
     """The published script calls its sampler without the noise levels: here what is measured is what the sampler gets."""
     model = model_folder(tmp_path / "model")
     drawn = []
@@ -53,7 +40,7 @@ def test_the_search_is_saved_and_used(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_larger_figure_can_be_what_is_searched(tmp_path, capsys):
+def test_a_larger_figure_can_be_what_is_searched(tmp_path, capsys, quick):
     model = model_folder(tmp_path / "model")
     options = ("--data", "digits", "--seeds", "500000-500099", "--metrics", "accuracy", "--search-steps", "2", "--search-grid", "4")
     code, out, _ = run(capsys, model, *options, "--search-metric", "accuracy", "--json", tmp_path / "a.json")

@@ -1,20 +1,33 @@
 """What the tests of `fastcm evaluate` share: a model folder with random weights, a quick judge of the digits, a call of the command."""
 
+from functools import cache
+
+import pytest
 import torch
 
-from fastcm import cli
+from fastcm import cli, evaluation
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
 from fastcm.data.dataset import open_dataset
-from fastcm.evaluation import features, train_judge
+from fastcm.evaluation import features, halves, train_judge
 from fastcm.networks.unet import UNet, UNetConfig
 from fastcm.weights.model_folder import save_model
 
 
-def quick_judge(patch):
-    """A judge of the digits that learned for a second. patch: a MonkeyPatch that ends with its training."""
-    patch.setattr(features, "STEPS", (40, 40))
-    dataset = open_dataset("digits")
-    return train_judge(dataset.images, dataset.labels)
+@cache
+def quick_judge():
+    """A judge of the digits that learned for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "STEPS", (40, 40))
+        dataset = open_dataset("digits")
+        return train_judge(dataset.images, dataset.labels)
+
+
+@pytest.fixture(name="quick")
+def judged_quickly(monkeypatch):
+    """What evaluates takes that judge and few splits. Import `judged_quickly` and take `quick`."""
+    judge = quick_judge()
+    monkeypatch.setattr(evaluation, "train_judge", lambda images, labels, *, seed, cache, held_out: judge)
+    monkeypatch.setattr(halves, "SPLITS", 5)
 
 
 def model_folder(path, *, method="ict", num_classes=10, channels=1, **training):

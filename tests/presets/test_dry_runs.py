@@ -24,6 +24,7 @@ def dry(capsys, name, method, *options) -> str:
     return told.out
 
 
+@pytest.mark.slow
 def test_every_preset_with_every_method(capsys, monkeypatch):
     """Without memory and seconds, which take passes of the network."""
     for measured in ("print_memory", "print_time"):

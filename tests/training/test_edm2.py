@@ -1,14 +1,12 @@
 """Training on EDM2's network: rows set back after each step, resumed to the bit, compiled once, drawn, exported."""
 
-import contextlib
-import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 from test_training import assert_same, weights
-from training_runs import small_run, stop_after
+from training_runs import after_the_first_steps, small_run, stop_after  # noqa: F401
 
 from fastcm import networks
 from fastcm.consistency.denoiser import Denoiser, Preconditioning
@@ -72,16 +70,6 @@ def test_images_by_a_generator_and_by_an_onnx_file_are_equal(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_without_recompilation(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    original, warm = Trainer.train_step, contextlib.ExitStack()
-
-    def step(self):
-        if self.step == 2:
-            warm.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "train_step", step)
-    with warm:
-        done = edm2_run(tmp_path / "run", method="ict", kimg=0.02, compile="on", batch=2)
-    assert done.nimg == 20
+def test_compiled_without_recompilation(tmp_path, no_recompilation):
+    assert edm2_run(tmp_path / "run", method="ict", kimg=0.02, compile="on", batch=2).nimg == 20
+    assert len(no_recompilation) == 10

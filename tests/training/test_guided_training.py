@@ -1,14 +1,12 @@
 """Labels that a teacher is not told, and students of a guided teacher: what is drawn, to the bit, and what is refused."""
 
-import contextlib
-import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 from test_training import assert_same, stop_after, weights
-from training_runs import recorded_losses, small_run
+from training_runs import after_the_first_steps, recorded_losses, small_run  # noqa: F401
 
 from fastcm import kernels, presets, runs
 from fastcm.consistency.denoiser import Denoiser
@@ -114,19 +112,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["cd", "scd"])
-def test_no_recompilation_after_the_first_steps(tmp_path, monkeypatch, teacher, method):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    original, warm = Trainer.train_step, contextlib.ExitStack()
-
-    def step(self):
-        if self.step == 2:
-            warm.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "train_step", step)
-    with warm:
-        options = {"guidance": (1, 4), "guidance_interval": (0.2, 5), "label_drop": 0.25, "compile": "on", "batch": 2}
-        assert tiny_run(tmp_path / "run", method=method, teacher=teacher, kimg=0.02, **options).nimg == 20
+def test_no_recompilation_after_the_first_steps(tmp_path, no_recompilation, teacher, method):
+    options = {"guidance": (1, 4), "guidance_interval": (0.2, 5), "label_drop": 0.25, "compile": "on", "batch": 2}
+    assert tiny_run(tmp_path / "run", method=method, teacher=teacher, kimg=0.02, **options).nimg == 20
+    assert len(no_recompilation) == 10
 
 
 @pytest.mark.slow

@@ -1,13 +1,10 @@
 """The methods beyond the four of the paper's own family: they resume to the bit, start from what they should, and compile once."""
 
-import contextlib
-import functools
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import assert_same, stop_after, weights
-from training_runs import small_run
+from training_runs import after_the_first_steps, small_run  # noqa: F401
 
 from fastcm import load, runs
 from fastcm.errors import InputError
@@ -121,25 +118,6 @@ def test_a_first_stage_is_a_consistency_model_of_the_runs_network_and_classes(tm
             small_run(tmp_path / "run", method="tcm", **options)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def no_recompilation(monkeypatch):
-    """Fails where a step after the third compiles anew; yields (N, mu, rate) of each. The graph is captured as for Inductor, and run as
-    it is."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    original, seen, warm = Trainer.train_step, [], contextlib.ExitStack()
-
-    def step(self):
-        if self.step == 2:
-            warm.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
-        values = original(self)
-        seen.append((values.steps, values.mu, values.lr))
-        return values
-
-    monkeypatch.setattr(Trainer, "train_step", step)
-    with warm:
-        yield seen
 
 
 PLAIN = {"network.channel_mult": (1,), "network.attention_resolutions": (), "batch": 2}

@@ -1,10 +1,12 @@
 """Small runs that the tests of training share: a network of a few thousand weights on the built-in digits."""
 
+import functools
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 from fastcm import runs
@@ -84,3 +86,24 @@ def run_out_of_memory(*, above):
         return result
 
     return losses
+
+
+@pytest.fixture(name="no_recompilation")
+def after_the_first_steps(monkeypatch):
+    """Fails where a step after the third compiles anew; yields (N, mu, rate) of each. The graph is captured as for Inductor, run as it is.
+
+    Import `after_the_first_steps` and take `no_recompilation`.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    original, seen, warm = Trainer.train_step, [], ExitStack()
+
+    def step(self):
+        if self.step == 2:
+            warm.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
+        values = original(self)
+        seen.append((values.steps, values.mu, values.lr))
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with warm:
+        yield seen
