@@ -55,7 +55,7 @@ bench: $(VENV)/installed
 methods: $(VENV)/installed
 	mkdir -p "$(RESULTS)"
 	$(BIN)/python -m fastcm.benchmarks.quality.methods --json "$(RESULTS)/methods.json"
-	$(BIN)/python -m fastcm.benchmarks.quality.methods --json "$(RESULTS)/methods.json" --preset mnist
+	$(BIN)/python -m fastcm.benchmarks.quality.methods --json "$(RESULTS)/methods.json" --preset mnist --teacher-kimg 100
 
 # The pictures of docs/generation.md, by the shipped model; then those of the pages that it draws on, which need Chromium.
 gallery: $(VENV)/installed
