@@ -138,7 +138,7 @@ def test_the_preset_makes_a_teacher_that_can_be_guided():
 
 
 def test_the_usual_distillation_is_guided_where_its_teacher_is_made_for_it():
-    for given, weight, drop in (({}, 2, 0.1), ({"guidance": 1}, 1, 0), ({"guidance": 3, "label_drop": 0.3}, 3, 0.3)):
+    for given, weight, drop in (({}, 2.5, 0.1), ({"guidance": 1}, 1, 0), ({"guidance": 3, "label_drop": 0.3}, 3, 0.3)):
         ready = runs.plan("mnist", changes=given)
         assert (ready.config.method, ready.config.objective.guidance, ready.first.config.label_drop) == ("cd", weight, drop)
     ready = runs.plan(data=(PICTURES, LABELS), method="cd")
