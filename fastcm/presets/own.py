@@ -27,7 +27,7 @@ def mnist(method: str = "cd", *, teacher: str | None = None, data: str | None = 
         noise=own_noise(method),
         objective=distilling(own_objective(method), method, guidance=2.5 if teacher is None else 1.0),
         optimizer=own_optimizer(method),
-        duration_kimg={"edm": 60.0, "cd": 24.0}.get(method, 100.0),
+        duration_kimg={"edm": 70.0, "cd": 24.0}.get(method, 100.0),
         batch=32,
         resolution=28,
         teacher=teacher,
