@@ -105,6 +105,8 @@ def plan(
             raise InputError(f"an option of its own in --set: {option}={shown(changes[option])}. Give it as {where}.")
     given = dict(changes)
     name = preset or ("folder" if data is not None else presets.DEFAULT)
+    if method is None and teacher is None and network is not None and name in presets.TEACH_THEMSELVES:
+        method = "ict"  # no teacher is trained first for a network of the user's own
     own = None if name == "folder" else presets.preset(name, method=method, teacher=teacher)
     paths = (teacher, changes.get("init"), changes.get("guide"))
     teacher_model, init_model, _ = models = tuple(path and load_denoiser(path) for path in paths)
@@ -147,17 +149,25 @@ def plan(
     check_path(out, "--out")
     if config.method in TAUGHT_METHODS and teacher is None:
         if name in presets.TEACH_THEMSELVES and network is None:
-            shared = {field: value for field, value in given.items() if not field.startswith(OWN_TO_STUDENT)}
-            if config.objective.guidance != 1 and config.guide is None and config.network.get("num_classes"):
-                shared = {"label_drop": LABEL_DROP, **shared}
-            first = plan(name, method="edm", data=data, out=out.with_name(f"{out.name}-edm"), changes=shared)
-            config = replace(config, teacher=str(first.out))
+            config, first = after_its_teacher(config, name, data=data, out=out, given=given)
         elif complete:
             raise InputError(f"missing option for --method {config.method}: --teacher. Name a diffusion model made by --method edm.")
     if teacher_model is not None and not is_diffusion(teacher_model[1], teacher_model[0].preconditioning):
         raise InputError(f"not a diffusion model in --teacher: {teacher}. Train one with --method edm, or name somebody's.")
     check_labels(config, teacher_model, first, classes=config.network.get("num_classes") if dataset is None else dataset.class_names)
     return Plan(config, dataset, out, network, *models, first)
+
+
+def after_its_teacher(config: TrainConfig, name: str, *, data: Source | None, out: Path, given: dict[str, Any]) -> tuple[TrainConfig, Plan]:
+    """A distillation of the preset's own teacher, and the run that makes that teacher, fit to be guided where it will be."""
+    shared = {field: value for field, value in given.items() if not field.startswith(OWN_TO_STUDENT)}
+    if config.guide is None and config.network.get("num_classes") is None:
+        if "objective.guidance" not in given:  # the preset's is by class
+            config = replace(config, objective=replace(config.objective, guidance=1.0))
+    elif config.guide is None and config.objective.guidance != 1:
+        shared = {"label_drop": LABEL_DROP, **shared}
+    first = plan(name, method="edm", data=data, out=out.with_name(f"{out.name}-edm"), changes=shared)
+    return replace(config, teacher=str(first.out)), first
 
 
 def open_data(source: Source, changes: dict[str, Any], *, resolution: int | None, unlabelled: bool) -> Dataset:

@@ -214,7 +214,7 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
         data=data,
         network=own_network(method, patch_network(resolution, channels=dataset.channels, classes=classes, width=width)),
         noise=own_noise(method),
-        objective=distilling(own_objective(method), method, guidance=1.5 if classes is not None and teacher is None else 1.0),
+        objective=distilling(own_objective(method), method, guidance=1.5 if teacher is None else 1.0),
         optimizer=replace(own_optimizer(method), ema_halflife_kimg=(500.0,)),
         duration_kimg=400.0 if resolution <= 64 else 1000.0,
         batch=32,

@@ -141,6 +141,9 @@ def test_the_usual_distillation_is_guided_where_its_teacher_is_made_for_it():
     for given, weight, drop in (({}, 2.5, 0.1), ({"guidance": 1}, 1, 0), ({"guidance": 3, "label_drop": 0.3}, 3, 0.3)):
         ready = runs.plan("mnist", changes=given)
         assert (ready.config.method, ready.config.objective.guidance, ready.first.config.label_drop) == ("cd", weight, drop)
+    assert runs.plan("mnist", network=torch.nn.Identity()).config.method == "ict"
+    ready = runs.plan("mnist", changes={"network.num_classes": None})
+    assert (ready.config.objective.guidance, ready.first.config.label_drop, ready.first.config.network["num_classes"]) == (1, 0, None)
     ready = runs.plan(data=(PICTURES, LABELS), method="cd")
     assert (ready.config.objective.guidance, ready.first.config.label_drop) == (1.5, 0.1)
     assert runs.plan(data=PICTURES, method="cd").config.objective.guidance == 1
