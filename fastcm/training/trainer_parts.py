@@ -9,6 +9,7 @@ from fastcm.networks.compiled import compiled as for_training
 from fastcm.training.captured_step import graphs_for
 from fastcm.training.config import TrainConfig
 from fastcm.training.gradient_reduction import GradientReduction
+from fastcm.training.host_memory import keep_freed_memory
 from fastcm.training.loss_scale import LossScale
 from fastcm.training.method_loss import Guides, MethodLoss
 from fastcm.training.optimizer import FlatOptimizer
@@ -36,6 +37,8 @@ def build_trainer(
     compute from here on: their parameters become views of the optimizer's buffers.
     """
     processes = processes or Processes()
+    if device.type == "cpu":
+        keep_freed_memory()
     optimizers = {"": FlatOptimizer(network, target_network, config.optimizer, dtype=DTYPES[precision])}
     student = target = Denoiser(for_training(network, network) if compiled else network, config.noise)
     if target_network is not None:

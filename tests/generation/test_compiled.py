@@ -118,8 +118,15 @@ def test_every_level_of_a_process_is_compiled(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_images_are_the_same():
-    ours, eager = generator(), generator("off")
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param({}, id="two levels", marks=pytest.mark.long),
+        pytest.param({"channel_mult": (1,), "channels": 8, "head_channels": 8}, id="one"),
+    ],
+)
+def test_compiled_images_are_the_same(network):
+    ours, eager = (Generator(small_denoiser(**network), {}, device="cpu", compile=choice) for choice in ("on", "off"))
     for seeds in (range(1), range(3)):
         np.testing.assert_allclose(ours(seeds, output="float"), eager(seeds, output="float"), atol=1e-4)
     assert ours.level(80.0).compiled
