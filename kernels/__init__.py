@@ -1,7 +1,7 @@
 """Tensors in, tensors out: the fused operations of fastcm, each a torch reference with a Triton kernel where one pays.
 
 Owns the noise stream and every operation that CUDA does in one pass; one file an operation, with its reference, kernel, launch and
-registration.
+registration, and files beside it where one would be too long.
 In: tensors and numbers, coefficients as [B] tensors. Out: tensors, the same images on every device. `use` chooses kernel or reference for
 all of them, `report` says which one runs. Knows torch and Triton: no module, no setting, no formula of a paper.
 """

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcm.kernels import launch
-from fastcm.kernels.optimizer_step import UNIT_EPS
+from fastcm.kernels.optimizer_slices import UNIT_EPS
 from fastcm.networks.blocks import attend
 
 SILU_MAGNITUDE = 0.596  # of silu(x) for x from N(0, 1)

@@ -15,9 +15,9 @@ pytestmark = [
     pytest.mark.skipif("pretended" in sys.modules, reason="it would start itself"),
     pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for tests/pretend_cuda/device.cpp"),
 ]
-# Quick ones for every run, the rest where minutes do not count.
+# Quick ones for every run, the rest where minutes do not count; what tests/benchmarks has needs hardware.
 QUICK = "tests/pretend_cuda/test_pretended.py tests/generation/test_cuda_graph.py".split()
-LONG = [f"tests/{room}" for room in ("training", "generation", "data", "networks", "benchmarks", "kernels")]
+LONG = [f"tests/{room}" for room in ("training", "generation", "data", "networks", "kernels")]
 
 
 def run(paths, seconds):
