@@ -23,6 +23,7 @@ class Model:
     train_batches: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by device type
     in_onnx: bool = True
     compiled_on_cpu: bool = False
+    precision: str = "auto"  # that its preset trains in
 
     @property
     def resolution(self) -> int:
@@ -81,8 +82,10 @@ def randomise(network: nn.Module) -> nn.Module:
 
 
 def _of_preset(name: str) -> Model:
-    options, training = dict(presets.preset(name, method=None).network), {"cpu": (64, 128), "cuda": (64, 512)}
-    return Model(name, options.pop("kind"), options, (1, 4, 16, 64), train_batches=training, compiled_on_cpu=True)
+    preset, training = presets.preset(name, method=None), {"cpu": (64, 128), "cuda": (64, 512)}
+    options = dict(preset.network)
+    kind = options.pop("kind")
+    return Model(name, kind, options, (1, 4, 16, 64), train_batches=training, compiled_on_cpu=True, precision=preset.precision)
 
 
 MODELS = {

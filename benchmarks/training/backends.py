@@ -42,7 +42,7 @@ class Job:
     def precision_of(self, name: str) -> str:
         """fastcm as its users get it; the published code bf16 on CUDA, by autocast, and fp32 on a CPU unless asked otherwise."""
         if name.startswith("fastcm"):
-            return resolve_precision(self.precision, self.device)
+            return resolve_precision(self.model.precision if self.precision == "auto" else self.precision, self.device)
         if self.baseline_precision != "auto":
             return self.baseline_precision
         return "bf16" if self.device.type == "cuda" else "fp32"
