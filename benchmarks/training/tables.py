@@ -77,12 +77,18 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def summary(content: dict) -> str:
-    """README: images per second of the published step and of fastcm, plain and compiled, for each network and batch."""
+    """README: images per second of the published step and of fastcm, plain and compiled, for each network and batch.
+
+    A precision is named where fastcm's is another than the published step's.
+    """
     lines = []
     for (model, batch), rows in _grouped(_rows(content, "step"), "model", "batch").items():
         own = rows.get("fastcm", {})
         shown = [number(rows.get(name, {}).get("images_per_s")) for name in ("published_step", "fastcm", "compile", "fastcm_compile")]
         times = [_times(rows.get(name, {}), "speedup_over_published_step") for name in ("fastcm", "fastcm_compile")]
+        precisions = [rows[name]["precision"] for name in ("published_step", "fastcm") if name in rows]
+        if len(set(precisions)) > 1:
+            shown[:2] = (f"{speed} ({precision})" for speed, precision in zip(shown, precisions, strict=False))
         weights = f"{own.get('parameters', 0) / 1e6:.3g} M"
         lines.append([NETWORKS[model], weights, str(batch), *shown[:2], times[0], *shown[2:], times[1]])
     head = ["network", "weights", "batch", "published step, images/s", "fastcm, images/s", "times", "published, compiled"]
