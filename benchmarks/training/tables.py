@@ -88,7 +88,7 @@ def summary(content: dict) -> str:
         times = [_times(rows.get(name, {}), "speedup_over_published_step") for name in ("fastcm", "fastcm_compile")]
         precisions = [rows[name]["precision"] for name in ("published_step", "fastcm") if name in rows]
         if len(set(precisions)) > 1:
-            shown[:2] = (f"{speed} ({precision})" for speed, precision in zip(shown, precisions, strict=False))
+            shown = [f"{shown[0]} ({precisions[0]})", f"{shown[1]} ({precisions[1]})", *shown[2:]]
         weights = f"{own.get('parameters', 0) / 1e6:.3g} M"
         lines.append([NETWORKS[model], weights, str(batch), *shown[:2], times[0], *shown[2:], times[1]])
     head = ["network", "weights", "batch", "published step, images/s", "fastcm, images/s", "times", "published, compiled"]

@@ -165,6 +165,17 @@ def test_a_backend_that_fails_leaves_the_others(tiny, tmp_path, monkeypatch):
     assert published["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB." and fastcm["p50_ms"] > 0
 
 
+def test_a_preset_is_measured_in_its_own_precision(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    jobs = {
+        (name, asked): train_backends.Job(MODELS[name], 2, CPU, asked, "auto")
+        for name in ("mnist", "cifar10")
+        for asked in ("auto", "bf16")
+    }
+    expected = {("mnist", "auto"): "fp32", ("mnist", "bf16"): "bf16", ("cifar10", "auto"): "bf16", ("cifar10", "bf16"): "bf16"}
+    assert {key: job.precision_of("fastcm") for key, job in jobs.items()} == expected
+
+
 @pytest.mark.slow
 def test_the_share_of_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 PCIe")

@@ -44,6 +44,8 @@ CONTENT = {
         step("published_step", 40.0),
         step("fastcm", 20.0, speedup_over_published_step=2.0, peak_memory_gb=0.5),
         step("fastcm", 30.0, "cifar10", 2, speedup_over_published_step=1.5),
+        step("published_step", 30.0, "mnist"),
+        step("fastcm", 20.0, "mnist", precision="bf16", speedup_over_published_step=1.5),
         {**step("compile", 1.0), "error": "no compiler"},
         {
             "bench": "train",
@@ -74,6 +76,7 @@ CONTENT = {
 def test_sections_say_what_was_measured_and_what_was_not():
     made = train_tables.sections(CONTENT, None)
     assert "| digits, 8x8 | 0.43 M | 64 | 1,600 | 3,200 | 2.00 |  |  |  |" in made["train"]
+    assert "| mnist, 28x28 on patches | 0.43 M | 64 | 2,133 (fp32) | 3,200 (bf16) | 1.50 |  |  |  |" in made["train"]
     assert made["train"].endswith(train_tables.NOT_ON_GPU) and "2 cores of P" in made["train"]
     assert "| digits, 8x8 | 64 | fastcm | 1 | 1 | 4 | 3 | 1 | 8 | 2 |" in made["train-split"] and "compiled" not in made["train-split"]
     assert "| digits | 2 processes | 64 | 0.43 M | 3,000 | 21 |" in made["train-scaling"]
