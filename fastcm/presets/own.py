@@ -111,11 +111,6 @@ def own_noise(method: str) -> Preconditioning:
     return noise("edm") if method == "scd" else noise(method)
 
 
-def own_precision(method: str) -> str:
-    """A difference needs fp32."""
-    return "fp32" if method == "scd" else "auto"
-
-
 def patch_network(resolution: int, *, channels: int, classes: int | None, width: int, blocks: int = 1) -> dict[str, Any]:
     """An ADM network whose first level has at most 64 places a side, its lowest one 4 to 8, where it attends.
 
@@ -221,5 +216,5 @@ def folder(method: str = "ict", *, dataset: Dataset, data: str, teacher: str | N
         resolution=resolution,
         teacher=teacher,
         sample_every_kimg=20.0,
-        precision=own_precision(method),
+        precision="fp32" if method == "scd" else "auto",  # a difference needs fp32
     )
